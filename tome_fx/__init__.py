@@ -1,0 +1,6 @@
+"""Token merging as a compiler pass: a diffusers UNet in, one with fewer tokens out, `torch.compile` takes it whole."""
+
+from tome_fx.api import transform
+from tome_fx.plan import TransformError, __version__
+
+__all__ = ["TransformError", "__version__", "transform"]

@@ -1,0 +1,225 @@
+"""Where image tokens are in a diffusers model, and how its blocks are rewritten. The only file that knows diffusers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.controlnets.controlnet import ControlNetModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, fx, nn
+
+from tome_fx.plan import Plan, TransformError
+from tome_fx.rewrite import insert_match, insert_merge
+from tome_fx.specialize import specialize
+
+MODELS = (UNet2DConditionModel, ControlNetModel)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One `BasicTransformerBlock` over image tokens.
+
+    Args:
+        transformer: Path of the `Transformer2DModel` that the block belongs to.
+        block: The block's name in there.
+        downsample: Latents per token along a side: the level's factor.
+        number: The block's place among all blocks of the model. Its destinations depend on it.
+        channels: Width of a token.
+    """
+
+    transformer: str
+    block: str
+    downsample: int
+    number: int
+    channels: int
+
+    @property
+    def path(self) -> str:
+        """The block's path in the model."""
+        return f"{self.transformer}.{self.block}"
+
+
+@dataclass(frozen=True)
+class MatchPass:
+    """The pass for a `Transformer2DModel`: a slot map for each of its blocks."""
+
+    plan: Plan
+    seeds: tuple[tuple[str, int | None], ...]
+
+    def __call__(self, graph: fx.Graph) -> int:
+        """Change the graph in place; returns how many blocks were matched for."""
+        p = self.plan
+        return insert_match(graph, dict(self.seeds), image="hidden_states", ratio=p.ratio, sx=p.sx, sy=p.sy)
+
+
+@dataclass(frozen=True)
+class MergePass:
+    """The pass for a `BasicTransformerBlock`: each scope's module sees merged tokens."""
+
+    ratio: float
+    scopes: tuple[str, ...]
+
+    def __call__(self, graph: fx.Graph) -> int:
+        """Change the graph in place; returns how many modules were wrapped."""
+        for node in graph.nodes:
+            if node.target in self.scopes:
+                _refuse_masks(node)
+        return insert_merge(graph, self.scopes, ratio=self.ratio)
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every block over image tokens, in the order of `model.named_modules()`."""
+    sites: list[Site] = []
+    for prefix, stage, downsample in _stages(model):
+        for path, transformer in stage.named_modules(prefix=prefix):
+            if isinstance(transformer, Transformer2DModel) and transformer.is_input_continuous:
+                for i, block in enumerate(transformer.transformer_blocks):
+                    if isinstance(block, BasicTransformerBlock):
+                        sites.append(Site(path, f"transformer_blocks.{i}", downsample, len(sites), block.dim))
+    return sites
+
+
+def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]]:
+    """The new class for each module that the plan changes, by its path in the model.
+
+    Raises:
+        TransformError: The plan reaches no block of the model.
+    """
+    sites = find_sites(model)
+    if not sites:
+        found = sorted({type(stage).__name__ for _, stage, _ in _stages(model)})
+        raise TransformError(
+            f"found no transformer block over image tokens in {type(model).__name__}: expected a "
+            f"BasicTransformerBlock in a Transformer2DModel, found the stages {', '.join(found)}"
+        )
+    finest = min(site.downsample for site in sites)
+    deepest = finest if plan.max_downsample is None else plan.max_downsample
+    if deepest < finest:
+        raise TransformError(
+            f"max_downsample={plan.max_downsample} reaches no block of {type(model).__name__}: its finest "
+            f"attention is at a downsampling of {finest}; pass max_downsample={finest} or more, or None for the finest"
+        )
+    chosen = [site for site in sites if site.downsample <= deepest]
+    _refuse_large_strides(model, plan, finest)
+
+    # Blocks that nothing is matched for are rewritten too: handed no slot map they do what they did, and blocks of
+    # merged and unmerged levels compile as one (NOTE [One class per distinct graph]).
+    classes = {
+        site.path: specialize(
+            model.get_submodule(site.path),
+            MergePass(plan.ratio, plan.scopes),
+            example={"hidden_states": "3d", "encoder_hidden_states": "3d"},
+            live=("_chunk_size", "_chunk_dim"),
+            leaves=("_chunked_feed_forward",),
+        )
+        for site in sites
+    }
+    for path in dict.fromkeys(site.transformer for site in chosen):
+        seeds = {site.block: plan.site_seed(site.number) for site in chosen if site.transformer == path}
+        classes[path] = specialize(
+            model.get_submodule(path),
+            MatchPass(plan, tuple(seeds.items())),
+            example={"hidden_states": "4d", "encoder_hidden_states": "3d", "return_dict": False},
+            live=("gradient_checkpointing",),
+            leaves=("_gradient_checkpointing_func",),
+        )
+    return classes
+
+
+def example_inputs(
+    model: nn.Module,
+    height: int,
+    width: int,
+    *,
+    batch: int = 2,
+    text_tokens: int = 77,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Random arguments for a forward of the model, such as a pipeline would give it.
+
+    Args:
+        model: A `UNet2DConditionModel` or `ControlNetModel`.
+        height: Latent rows.
+        width: Latent columns.
+        batch: Images; 2 is one image under classifier-free guidance.
+        text_tokens: Length of the prompt; 77 is what CLIP gives.
+        device: Of the tensors; "meta" for shapes alone.
+        dtype: Of the tensors.
+
+    Raises:
+        TransformError: The model's config asks for an embedding that is not known here.
+    """
+    config: Any = model.config
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, device=device, dtype=dtype)
+
+    context = config.encoder_hid_dim or config.cross_attention_dim
+    inputs: dict[str, Any] = {
+        "sample": random(config.in_channels, height, width),
+        "timestep": torch.tensor(500, device=device),
+        "encoder_hidden_states": random(text_tokens, context if isinstance(context, int) else context[0]),
+    }
+    if config.addition_embed_type == "text_time":
+        # SDXL: six numbers (sizes and crop) and the pooled prompt, which is what is left of the embedding's width
+        times = 6
+        pooled = config.projection_class_embeddings_input_dim - times * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": random(pooled), "time_ids": random(times)}
+    elif config.addition_embed_type is not None:
+        raise TransformError(f"no example inputs for addition_embed_type={config.addition_embed_type!r}")
+    if config.class_embed_type in ("projection", "simple_projection"):
+        inputs["class_labels"] = random(config.projection_class_embeddings_input_dim)
+    elif config.class_embed_type is not None or config.num_class_embeds is not None:
+        inputs["class_labels"] = torch.zeros(batch, dtype=torch.long, device=device)
+    if isinstance(model, ControlNetModel):
+        scale = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
+        inputs["controlnet_cond"] = random(config.conditioning_channels, height * scale, width * scale)
+    return inputs
+
+
+def _stages(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """The stages of a UNet or ControlNet in the order of its modules: path, stage, latents per token."""
+    unet: Any = model
+    factor = 1
+    factors: dict[nn.Module, int] = {}
+    for stage in unet.down_blocks:
+        factors[stage] = factor
+        factor *= 2 if getattr(stage, "downsamplers", None) else 1
+    factors[unet.mid_block] = factor
+    for stage in getattr(unet, "up_blocks", ()):
+        factors[stage] = factor
+        factor //= 2 if getattr(stage, "upsamplers", None) else 1
+    for path, stage in model.named_modules():
+        if stage in factors:
+            yield path, stage, factors[stage]
+
+
+def _refuse_masks(node: fx.Node) -> None:
+    """A mask over image tokens does not fit merged tokens."""
+    for module, mask, scope in (
+        ("attn1", "attention_mask", "merge_attn"),
+        ("attn2", "ip_adapter_masks", "merge_crossattn"),
+    ):
+        if node.target == module and node.kwargs.get(mask) is not None:
+            raise TransformError(
+                f"{mask} was given to {module}, whose tokens are merged ({scope}=True): the mask has an entry for "
+                f"every image token and merged tokens are fewer. Leave {mask} out, or transform with {scope}=False"
+            )
+
+
+def _refuse_large_strides(model: nn.Module, plan: Plan, finest: int) -> None:
+    """A stride larger than the grid it is laid on finds no cell, at the size that the model is made for."""
+    config: Any = model.config
+    side = config.get("sample_size")
+    if isinstance(side, int):
+        grid = -(-side // finest)
+        for name, stride in (("sx", plan.sx), ("sy", plan.sy)):
+            if stride > grid:
+                raise ValueError(
+                    f"{name} must be at most {grid}, the side of the finest token grid at the model's own sample_size "
+                    f"of {side}; got {stride}"
+                )

@@ -1,0 +1,130 @@
+"""The three operations of token merging: `match` finds a slot map, `merge` and `unmerge` apply it.
+
+A slot map `slot [B, N]` gives every token its place in the merged sequence of K tokens. It is None where there
+is nothing to merge; both `merge` and `unmerge` are then the identity.
+
+All shapes follow from the arguments' shapes and from Python numbers, never from data, so that one graph serves
+every input. Nothing draws random numbers.
+
+NOTE [Determinism]
+No float is ever added atomically. `merge` sums the tokens of a slot in their order on the grid, by a bag sum
+whose every output is owned by one thread. The one scatter writes each index once. Two runs agree bit for bit.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tome_fx import plan
+
+
+def match(
+    tokens: Tensor, height: int, width: int, *, ratio: float, sx: int, sy: int, seed: int | None
+) -> Tensor | None:
+    """Plan a merge: which tokens join which destination, by cosine similarity.
+
+    Every whole `sy x sx` cell of the grid gives one destination, all other tokens are sources. The
+    `int(N * ratio)` sources most similar to any destination join that destination.
+
+    Args:
+        tokens: Image tokens, `[B, N, C]` with `N = height * width`, in row-major order. Not differentiated.
+        height: Rows of the token grid.
+        width: Columns of the token grid.
+        ratio: Share of the tokens to remove, from 0 to `1 - 1 / (sx * sy)`.
+        sx: Width of a cell, in tokens.
+        sy: Height of a cell, in tokens.
+        seed: Chooses the destination in each cell, pseudo-randomly; None takes the top left of every cell.
+
+    Returns:
+        slot: int64 `[B, N]` with values in `[0, K)`, `K = N - int(N * ratio)`: destinations come first, in the
+        order of their cells, then the sources that stay alone. None where nothing merges: at a ratio too small
+        for one token, or on a grid smaller than a cell.
+
+    Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion" (2023), section 4.
+    """
+    batch, count, _ = tokens.shape
+    removed = count - plan.kept(count, ratio)
+    cells = (height // sy) * (width // sx)
+    if removed == 0 or cells == 0:
+        return None
+
+    order = destinations_first(height, width, sx, sy, seed, tokens.device)
+    unit = _unit(tokens.detach())
+    similarity = unit[:, order[cells:]] @ unit[:, order[:cells]].mT  # [B, sources, cells]
+    best, nearest = similarity.max(dim=-1)
+
+    # Ranking rather than comparing with a threshold merges exactly `removed` tokens, whatever ties or NaNs there are.
+    ranked = best.argsort(dim=1, descending=True, stable=True)
+    rank = torch.arange(count - cells, device=tokens.device)
+    source_slot = torch.where(rank < removed, nearest.gather(1, ranked), cells + rank - removed)
+
+    cell = torch.arange(cells, device=tokens.device).expand(batch, cells)
+    token = torch.cat([order[:cells].expand(batch, cells), order[cells:][ranked]], dim=1)
+    return torch.empty_like(token).scatter_(1, token, torch.cat([cell, source_slot], dim=1))
+
+
+def merge(tokens: Tensor, slot: Tensor | None, ratio: float) -> Tensor:
+    """The mean of each slot's tokens.
+
+    Args:
+        tokens: `[B, N, C]`.
+        slot: int64 `[B, N]` from `match`, or None.
+        ratio: The ratio that `slot` was matched for; gives K as a static number.
+
+    Returns:
+        `[B, K, C]`, or `tokens` itself where `slot` is None.
+    """
+    if slot is None:
+        return tokens
+    batch, count, channels = tokens.shape
+    kept = plan.kept(count, ratio)
+    ordered, order = slot.sort(dim=1, stable=True)
+    start = torch.searchsorted(ordered, torch.arange(kept, device=slot.device).repeat(batch, 1))
+    row = count * torch.arange(batch, device=slot.device)[:, None]
+    # A bag sum reads each token once and needs no copy in slot order; see NOTE [Determinism].
+    bags = F.embedding_bag(
+        (order + row).flatten(), tokens.reshape(batch * count, channels), (start + row).flatten(), mode="mean"
+    )
+    return bags.view(batch, kept, channels)
+
+
+def unmerge(tokens: Tensor, slot: Tensor | None) -> Tensor:
+    """Give every token of the grid a copy of its slot: one gather.
+
+    Args:
+        tokens: Merged tokens, `[B, K, C]`.
+        slot: int64 `[B, N]` from `match`, or None.
+
+    Returns:
+        `[B, N, C]`, or `tokens` itself where `slot` is None.
+    """
+    if slot is None:
+        return tokens
+    return tokens.gather(1, slot[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def destinations_first(height: int, width: int, sx: int, sy: int, seed: int | None, device: torch.device) -> Tensor:
+    """All tokens of the grid, destinations before sources: a pure function of the grid and the seed.
+
+    Returns:
+        order: int64 `[N]`. First one token of each whole cell, then the cells' other tokens, then the tokens right
+        of the last whole cell, then those below it.
+    """
+    rows, columns = height // sy, width // sx
+    token = torch.arange(height * width, device=device)
+    y, x = token // width, token % width
+    cell = y // sy * columns + x // sx
+    first = 0 if seed is None else plan.scramble(cell + seed) % (sx * sy)
+    turn = (y % sy * sx + x % sx - first) % (sx * sy)  # 0 at the destination
+    place = turn * (rows * columns) + cell
+    beside = rows * sy * columns * sx + y * (width - columns * sx) + x - columns * sx
+    place = torch.where(x < columns * sx, place, beside)
+    place = torch.where(y < rows * sy, place, token)
+    # Inverting a permutation by a scatter also keeps Inductor from computing all of this anew for each channel.
+    return torch.empty_like(place).scatter_(0, place, token)
+
+
+def _unit(tokens: Tensor) -> Tensor:
+    """Tokens of length 1, or 0 where a token is zero. In float32, where a sum of squares of fp16 fits."""
+    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    return (wide * wide.square().sum(-1, keepdim=True).clamp_min(1e-30).rsqrt()).to(tokens.dtype)

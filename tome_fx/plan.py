@@ -1,0 +1,138 @@
+"""What to merge, in plain numbers: a frozen, checked plan and the arithmetic of the token grid.
+
+No tensor is touched here. `kept` and `scramble` are written so that they also serve symbolic ints and int
+tensors: `ops` calls the same two functions while it runs.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+__version__ = "0.1.0"
+
+# The sub-modules of a transformer block that a scope merges around, in the order in which they run.
+SCOPES = {"merge_attn": "attn1", "merge_crossattn": "attn2", "merge_mlp": "ff"}
+DOWNSAMPLES = (1, 2, 4, 8)
+
+
+class TransformError(RuntimeError):
+    """A model that cannot be transformed, or a call that merging cannot serve; says where, what and why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options of one `transform`, checked. See `tome_fx.transform` for what each means.
+
+    Raises:
+        TypeError: An option is of the wrong type (a bool is not a number).
+        ValueError: An option is out of range, or would do nothing.
+    """
+
+    ratio: float = 0.5
+    max_downsample: int | None = None
+    sx: int = 2
+    sy: int = 2
+    use_rand: bool = True
+    seed: int = 0
+    merge_attn: bool = True
+    merge_crossattn: bool = False
+    merge_mlp: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("sx", "sy"):
+            stride = _integer(name, getattr(self, name))
+            if stride < 1:
+                raise ValueError(f"{name} must be at least 1 token, got {stride}")
+        if self.sx * self.sy == 1:
+            raise ValueError("sx and sy of 1 x 1 leave no source to merge: one of them must be at least 2")
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
+            raise TypeError(f"ratio must be a number, got {self.ratio!r} of type {type(self.ratio).__name__}")
+        highest = 1 - 1 / (self.sx * self.sy)
+        if not 0 <= self.ratio <= highest:  # NaN fails every comparison, so it ends here as well
+            raise ValueError(
+                f"ratio must be between 0 and {highest:.4g}, the share of sources at a stride of "
+                f"{self.sx} x {self.sy}; got {self.ratio}"
+            )
+        if self.max_downsample is not None and _integer("max_downsample", self.max_downsample) not in DOWNSAMPLES:
+            raise ValueError(f"max_downsample must be None or one of {DOWNSAMPLES}, got {self.max_downsample}")
+        for name in ("use_rand", *SCOPES):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not 0 <= _integer("seed", self.seed) < 2**32:
+            raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
+        if self.seed and not self.use_rand:
+            raise ValueError(f"seed={self.seed} does nothing with use_rand=False; leave it at 0")
+        if not self.scopes:
+            raise ValueError(f"nothing to merge: at least one of {', '.join(SCOPES)} must be True")
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The sub-modules to merge around, a subset of `SCOPES`' values."""
+        return tuple(module for scope, module in SCOPES.items() if getattr(self, scope))
+
+    def site_seed(self, site: int) -> int | None:
+        """The seed of the `site`-th block of a model, or None where destinations are each cell's top left."""
+        return scramble(scramble(self.seed) + site) if self.use_rand else None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A `height x width` grid of tokens and what a match leaves of it. All counts are per image."""
+
+    height: int
+    width: int
+    sx: int
+    sy: int
+    ratio: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the grid."""
+        return self.height * self.width
+
+    @property
+    def cells(self) -> int:
+        """Whole `sy x sx` cells, each of which gives one destination; tokens outside of them are sources."""
+        return (self.height // self.sy) * (self.width // self.sx)
+
+    @property
+    def kept(self) -> int:
+        """Tokens after a merge; all of them where the grid holds no whole cell."""
+        return kept(self.tokens, self.ratio) if self.cells else self.tokens
+
+    @property
+    def merged(self) -> int:
+        """Tokens removed by a merge."""
+        return self.tokens - self.kept
+
+    def match_flops(self, channels: int) -> int:
+        """Multiply-adds of the score matrix, times two: every source against every destination."""
+        return 2 * (self.tokens - self.cells) * self.cells * channels if self.merged else 0
+
+
+def kept(tokens: int, ratio: float) -> int:
+    """Tokens that remain of `tokens`: tomesd's rounding, `tokens - int(tokens * ratio)`."""
+    return tokens - int(tokens * ratio)
+
+
+def scramble(x: Any) -> Any:
+    """A well-mixed 32-bit hash of a non-negative int below 2**33, or of every element of an int64 tensor.
+
+    All products stay below 2**60, so that no integer overflows and eager, compiled, CPU and GPU agree.
+    Source: the two-round multiply-xorshift hash of T. Mueller, as measured by C. Wellons, "Prospecting for
+    Hash Functions" (2018).
+    """
+    for _ in range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
+    return (x >> 16) ^ x
+
+
+def downsampled(size: int, factor: int) -> int:
+    """The side of a level whose tokens are `factor` latents wide: stride-2 convolutions round up."""
+    return math.ceil(size / factor)
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    return value

@@ -1,0 +1,117 @@
+"""A class whose `forward` is generated from the traced and rewritten graph of another class's `forward`.
+
+NOTE [One graph per call signature]
+A forward in Python branches: on which optional inputs are given, on the keys of a dict, on a flag. An fx graph
+does not. So there is one graph per call signature: the first call of a new kind is traced, and `forward` itself
+only picks. Nothing is dropped, nothing is assumed, and no feature of a model needs a case of its own.
+Under torch.compile the pick happens while dynamo traces. A signature is made of what dynamo guards on anyway, and
+`_variant` is declared constant, so that a kind of call first met while compiling is traced on the spot.
+
+NOTE [One class per distinct graph]
+Dynamo keeps compiled code per code object. Modules that differ in weights and widths alone share a class and so
+their code; modules rewritten with other options get another, so that they do not fill one another's cache.
+"""
+
+import linecache
+import threading
+import types
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from tome_fx.trace import Template, kind
+
+Pass = Callable[[fx.Graph], int]
+
+_classes: dict[Hashable, type[nn.Module]] = {}
+_lock = threading.RLock()
+
+
+def specialize(
+    module: nn.Module,
+    rewrite: Pass,
+    *,
+    example: Mapping[str, Hashable],
+    live: tuple[str, ...] = (),
+    leaves: tuple[str, ...] = (),
+) -> type[nn.Module]:
+    """The class whose forward is the rewritten graph of `module`'s; `module` itself is untouched.
+
+    The class derives from `type(module)` and bears its name, for those who look for either. `graphs` maps each
+    kind of call met so far to its graph, `graph` is the first of them, and `rewrite` is the pass.
+
+    Args:
+        module: Its class, its flags and the names of its children decide the graph; its weights do not.
+        rewrite: The pass that every graph goes through. Equal passes share a class, so it must be hashable.
+        example: A call to trace at once: the `kind` of each argument given, by name.
+        live: Attributes that forward reads and that users change later; part of what tells calls apart.
+        leaves: Functions that the graph calls instead of entering them; see `Template`.
+
+    Raises:
+        TransformError: From the pass, where it cannot serve the example.
+    """
+    template = Template(module, live, leaves)
+    key = (template.key, rewrite)
+    with _lock:
+        if key not in _classes:
+            base = template.base
+            cls: Any = type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__})
+            cls.__qualname__ = base.__qualname__
+            cls.rewrite = staticmethod(rewrite)
+            cls.graphs = {}
+            cls._template = template
+            _variant(
+                cls,
+                tuple(example.get(p.name, p.default) for p in template.parameters),
+                tuple(template.attributes[name] for name in live),
+            )
+            cls.graph = next(iter(cls.graphs.values()))
+            cls.forward = _dispatcher(cls)
+            _classes[key] = cls
+        return _classes[key]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _variant(cls: Any, signature: tuple[Hashable, ...], flags: tuple[Hashable, ...]) -> str:
+    """The name of the method that serves this kind of call; see NOTE [One graph per call signature]."""
+    with _lock:
+        kinds = list(cls.graphs)
+        if (signature, flags) not in kinds:
+            graph = cls._template.trace(signature, flags)
+            cls.rewrite(graph)
+            graph.lint()
+            kinds.append((signature, flags))
+            code = graph.python_code("self")
+            name = f"forward_{len(cls.graphs)}"
+            setattr(cls, name, _function(code.src, code.globals, f"{cls.__name__}.{name}"))
+            cls.graphs[signature, flags] = graph
+        return f"forward_{kinds.index((signature, flags))}"
+
+
+def _dispatcher(cls: Any) -> types.FunctionType:
+    """A forward with the inputs of the original and those the pass added, which calls the method for its arguments.
+
+    Its source is generated so that each class has a code object of its own: see NOTE [One class per distinct graph].
+    """
+    given = [parameter.name for parameter in cls._template.parameters]
+    inputs = [node for node in cls.graph.nodes if node.op == "placeholder"]
+    names = [node.target for node in inputs]
+    heads = [n.target if not n.args else f"{n.target}={n.args[0]!r}" for n in inputs]
+    source = (
+        f"def forward(self, {', '.join(heads)}):\n"
+        f"    signature = ({''.join(f'kind({name}), ' for name in given)})\n"
+        f"    flags = ({''.join(f'self.{name}, ' for name in cls._template.live)})\n"
+        f"    return getattr(self, variant(owner, signature, flags))({', '.join(names)})\n"
+    )
+    return _function(source, {"kind": kind, "variant": _variant, "owner": cls}, f"{cls.__name__}.forward")
+
+
+def _function(source: str, names: dict[str, Any], title: str) -> types.FunctionType:
+    """Compile the source of one function named forward, such that tracebacks and debuggers show its lines."""
+    filename = f"<tome_fx {title} {id(names):x}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    exec(compile(source, filename, "exec"), names)
+    function: types.FunctionType = names["forward"]
+    return function
