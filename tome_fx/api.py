@@ -68,12 +68,15 @@ def transform(
     )
     _check_model(model)
     classes = rewritten_classes(model, plan)
-    # A deep copy that is told to keep every tensor: structure and state of their own, weights shared.
-    tensors = chain(model.parameters(), model.buffers())
-    result = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    result = share(model)
     for path, cls in classes.items():
         result.get_submodule(path).__class__ = cls
     return result
+
+
+def share(model: Model) -> Model:
+    """A copy of the model with a structure and a state of its own and the same parameters and buffers."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
 def _check_model(model: object) -> None:

@@ -129,6 +129,23 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
     return classes
 
 
+def merged_sites(model: nn.Module) -> tuple[Plan, list[Site]]:
+    """The plan of a transformed model and the sites it reaches.
+
+    Raises:
+        TransformError: The model is not transformed.
+    """
+    plan, chosen = None, []
+    for site in find_sites(model):
+        match_pass = getattr(model.get_submodule(site.transformer), "rewrite", None)
+        if match_pass is not None and site.block in dict(match_pass.seeds):
+            plan = match_pass.plan
+            chosen.append(site)
+    if plan is None:
+        raise TransformError(f"{type(model).__name__} is not transformed: pass what tome_fx.transform returned")
+    return plan, chosen
+
+
 def example_inputs(
     model: nn.Module,
     height: int,

@@ -105,6 +105,13 @@ class Grid:
         """Tokens removed by a merge."""
         return self.tokens - self.kept
 
+    @property
+    def note(self) -> str:
+        """Why nothing is merged; empty where something is."""
+        if not self.cells:
+            return f"no whole {self.sx} x {self.sy} cell"
+        return "" if self.merged else f"no whole token at ratio {self.ratio}"
+
     def match_flops(self, channels: int) -> int:
         """Multiply-adds of the score matrix, times two: every source against every destination."""
         return 2 * (self.tokens - self.cells) * self.cells * channels if self.merged else 0
