@@ -1,0 +1,40 @@
+# Everything is run in .venv, which the first command that needs it creates.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test lint bench report clean
+
+help: ## Show the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(READY): requirements-dev.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	# torch first and by its exact version: what the other packages ask for would bring another build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements-dev.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+demo: $(READY) ## Token merging in a StableDiffusionPipeline, against its peers: about four minutes
+	$(BIN)/python -m bench demo
+
+test: $(READY) ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## Check style, types, and that the README's numbers are those of bench/results
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m bench report --check
+
+bench: $(READY) ## Measure what two cores can in about 20 minutes
+	$(BIN)/python -m bench latency --suite cpu --breakdown --json bench/results/cpu.json
+
+report: $(READY) ## Write the README's tables and plots from bench/results
+	$(BIN)/python -m bench report
+
+clean: ## Remove the environment and what was built
+	rm -rf $(VENV) out build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Measure tome_fx beside its peers: `python -m bench --help`."""

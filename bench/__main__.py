@@ -1,0 +1,21 @@
+"""The command line: `python -m bench latency`, `demo` or `report`."""
+
+import argparse
+
+from bench import demo, latency, report
+
+
+def main() -> None:
+    """Parse the arguments and run the command."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure tome_fx beside its peers.")
+    commands = parser.add_subparsers(required=True)
+    for module in (latency, demo, report):
+        command = commands.add_parser(module.__name__.split(".")[-1], help=(module.__doc__ or "").split(": ")[-1])
+        module.add_arguments(command)
+        command.set_defaults(main=module.main)
+    arguments = parser.parse_args()
+    arguments.main(arguments)
+
+
+if __name__ == "__main__":
+    main()

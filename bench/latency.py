@@ -1,0 +1,328 @@
+"""`python -m bench latency`: milliseconds of a UNet call, every variant beside its peers."""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import tome_fx
+from bench import measure, models
+from bench.variants import MODES, SCOPES, VARIANTS, Setting, merged, prepare
+from tome_fx import ops
+from tome_fx.capture import find_sites
+
+NOTE = "Weights are random, from a seed: latency does not depend on them."
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STEPS = 50  # of an end-to-end image: diffusers' default
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of a table: what all variants are measured on.
+
+    Args:
+        resolution: Pixels along a side of the image.
+        batch: Images. The UNet sees twice as many under classifier-free guidance.
+        guidance: Whether it does.
+        end_to_end: Whether a sample is a whole image, through pipeline, scheduler and VAE.
+    """
+
+    model: str
+    resolution: int
+    batch: int = 1
+    ratio: float = 0.5
+    scope: str = "attn"
+    dtype: str = "fp32"
+    device: str = "cpu"
+    mode: str = "default"
+    guidance: bool = True
+    end_to_end: bool = False
+
+    def __str__(self) -> str:
+        """Its name in a progress bar."""
+        return f"{self.model} {self.resolution}px b{self.batch} r{self.ratio} {self.scope}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A set of cells with the variants and rounds they are measured with."""
+
+    cells: tuple[Cell, ...]
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    rounds: int = 10
+
+
+def suite(name: str, device: str) -> Suite:
+    """The suites: see `python -m bench latency --help`."""
+    half = "fp16" if device != "cpu" else "fp32"
+    if name == "smoke":
+        return Suite((Cell("tiny", 256, device=device),), ("sdpa", "compile", "tome_fx", "tome_fx+compile"), 3)
+    if name == "cpu":
+        tiny = [Cell("tiny", side, guidance=False) for side in (256, 512)]
+        return Suite((*tiny, Cell("sd15", 512, guidance=False)), rounds=7)
+    if name == "seed":
+        grid = itertools.product((512, 768, 1024), (1, 2, 4, 8, 10))
+        return Suite(tuple(Cell("sd15", side, batch, dtype=half, device=device) for side, batch in grid))
+    sizes = [("sd15", side) for side in (512, 768, 1024, 1536, 2048)] + [("sdxl", side) for side in (1024, 1536, 2048)]
+    options = [(ratio, "attn") for ratio in (0.25, 0.5, 0.75)] + [(0.5, scope) for scope in SCOPES if scope != "attn"]
+    return Suite(
+        tuple(
+            Cell(model, side, ratio=ratio, scope=scope, dtype=half, device=device)
+            for (model, side), (ratio, scope) in itertools.product(sizes, options)
+        )
+    )
+
+
+SUITES = ("seed", "headline", "cpu", "smoke")
+
+
+def run(cells: Sequence[Cell], variants: Sequence[str], rounds: int, path: Path, *, breakdown: bool = False) -> Any:
+    """Measure the cells that the file does not hold yet, write them into it, and return its content."""
+    document: dict[str, Any] = {"schema": 1, "kind": "latency", "note": NOTE, "cells": []}
+    if path.exists():
+        document = measure.read(path)
+    document |= {"argv": sys.argv[1:], "machine": measure.machine()}
+    unet: UNet2DConditionModel | None = None
+    built: tuple[str, str, str] | None = None
+    for cell in cells:
+        key = asdict(cell)
+        done = [entry for entry in document["cells"] if entry["cell"] == key and entry["complete"]]
+        if done and set(variants) <= set(done[0]["rows"]):
+            continue
+        if built != (cell.model, cell.device, cell.dtype):
+            unet = models.build(cell.model, cell.device, DTYPES[cell.dtype])
+            built = (cell.model, cell.device, cell.dtype)
+        assert unet is not None
+        document["cells"] = [entry for entry in document["cells"] if entry["cell"] != key]
+        entry: dict[str, Any] = {"cell": key, "complete": False, **_flops(unet, cell), "rows": {}}
+        document["cells"].append(entry)
+
+        def save(rows: dict[str, measure.Row], entry: dict[str, Any] = entry) -> None:
+            entry["rows"] = measure.as_json(rows)
+            measure.write(path, document)
+
+        measure.compare(
+            {name: _calling(name, unet, cell) for name in variants},
+            exact={name: not VARIANTS[name].merges for name in variants},
+            rounds=rounds,
+            device=cell.device,
+            title=str(cell),
+            save=save,
+        )
+        if breakdown:
+            entry["breakdown"] = measure.as_json(_breakdown(unet, cell, rounds))
+        entry["complete"] = True
+        measure.write(path, document)
+        print(f"\n{cell}\n{table(entry)}\n", flush=True)
+    return document
+
+
+def table(entry: dict[str, Any]) -> str:
+    """A cell's table: medians, and ratios taken within each round."""
+    rows = entry["rows"]
+    unit, scale = ("s/image", 1e-3) if entry["cell"]["end_to_end"] else ("ms", 1.0)
+    lines = []
+    for name, row in rows.items():
+        samples = row["samples_ms"]
+        if not samples:
+            lines.append([name, row["error"] or "not measured"])
+            continue
+        spread = quantiles(samples, n=10) if len(samples) > 1 else samples * 9
+        over_compile = speedup(rows, "compile", name)
+        bound = entry["bound"] if VARIANTS[name].merges else None
+        lines.append(
+            [
+                name,
+                f"{median(samples) * scale:.4g}",
+                f"{spread[0] * scale:.4g} - {spread[-1] * scale:.4g}",
+                _times(speedup(rows, "vanilla", name)),
+                _times(over_compile),
+                share_of_bound(over_compile, bound),
+                _percent(speedup(rows, name, "oracle+compile"), name),
+                f"{row['first_s']:.1f}",
+                row["compiles"]["graphs"],
+                row["compiles"]["graph_breaks"],
+                row["compiles"]["recompiles"],
+                f"{row['peak_memory'] / 2**30:.2f}" if row["peak_memory"] else "",
+            ]
+        )
+    heads = ["variant", f"{unit} (median)", "p10 - p90", "vs vanilla", "vs compile", "of the bound", "over the oracle"]
+    heads += ["first call s", "graphs", "breaks", "recompiles", "GiB"]
+    title = f"FLOP bound on merging: {entry['bound']:.3f}x"
+    return f"{title}\n\n" + tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+
+
+def speedup(rows: dict[str, Any], slow: str, fast: str) -> float | None:
+    """Median over the rounds of the time of `slow` over that of `fast` in the same round."""
+    if slow not in rows or fast not in rows:
+        return None
+    pairs = zip(rows[slow]["samples_ms"], rows[fast]["samples_ms"], strict=False)
+    ratios = [a / b for a, b in pairs]
+    return median(ratios) if ratios else None
+
+
+def share_of_bound(over_compile: float | None, bound: float | None) -> str:
+    """How much of what merging could save it saves: 100 % is a run time that fell as much as the FLOPs did."""
+    if over_compile is None or bound is None or bound <= 1:
+        return ""
+    return f"{(over_compile - 1) / (bound - 1):.0%}"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _percent(ratio: float | None, name: str) -> str:
+    return "" if ratio is None or not VARIANTS[name].merges else f"{ratio - 1:+.1%}"
+
+
+def _flops(unet: UNet2DConditionModel, cell: Cell) -> dict[str, Any]:
+    """FLOPs per call and the bound, from `tome_fx.explain`."""
+    side = cell.resolution // models.LATENT
+    report = tome_fx.explain(merged(unet, Setting(cell.ratio, cell.scope)), side, side)
+    images = cell.batch * (2 if cell.guidance else 1)
+    return {
+        "flops": report.flops_before * images,
+        "flops_merged": report.flops_after * images,
+        "bound": report.bound,
+    }
+
+
+def _calling(name: str, unet: UNet2DConditionModel, cell: Cell) -> Callable[[], Callable[[], Tensor]]:
+    """What prepares a variant of the UNet for a cell and returns the call to time."""
+    setting = Setting(cell.ratio, cell.scope, cell.mode)
+
+    def make() -> Callable[[], Tensor]:
+        call = prepare(name, unet, setting)
+        if cell.end_to_end:
+            return image(call, unet, cell)
+        given = models.inputs(unet, cell.resolution, cell.batch * (2 if cell.guidance else 1))
+        sample = given.pop("sample")
+        # the inputs' own memory is rotated through by the flush on a GPU and by the model's size on a CPU
+        return lambda: call(sample=sample, **given).sample
+
+    return make
+
+
+def image(
+    call: Callable[..., Any],
+    unet: UNet2DConditionModel,
+    cell: Cell,
+    *,
+    steps: int = STEPS,
+    output_type: str = "pt",
+) -> Callable[[], Tensor]:
+    """A call that makes one image from prompt embeddings; it returns the pixels, or latents where asked to."""
+    pipe = models.pipeline(unet)
+    prompt = models.inputs(unet, cell.resolution, cell.batch)["encoder_hidden_states"]
+    pipe.unet = _AsUNet(call, unet)
+
+    def run() -> Tensor:
+        result: Tensor = pipe(
+            prompt_embeds=prompt,
+            negative_prompt_embeds=torch.zeros_like(prompt),
+            guidance_scale=7.5 if cell.guidance else 1.0,
+            num_inference_steps=steps,
+            height=cell.resolution,
+            width=cell.resolution,
+            generator=torch.Generator().manual_seed(0),
+            output_type=output_type,
+        ).images
+        return result
+
+    return run
+
+
+class _AsUNet(nn.Module):
+    """Lets a pipeline call a variant, whatever it is, where it expects a UNet."""
+
+    def __init__(self, call: Callable[..., Any], unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.call = call
+        self.config = unet.config
+        self.dtype, self.device = unet.dtype, unet.device
+
+    def forward(self, sample: Tensor, timestep: Tensor, **kwargs: Any) -> Any:
+        return self.call(sample=sample, timestep=timestep, **kwargs)
+
+
+def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int) -> dict[str, measure.Row]:
+    """The parts of one site of the finest level, each compiled alone: where a site's time goes."""
+    sites = find_sites(unet)
+    site = min(sites, key=lambda site: site.downsample)
+    side = cell.resolution // models.LATENT // site.downsample
+    block: Any = unet.get_submodule(site.path)
+    images = cell.batch * (2 if cell.guidance else 1)
+    options: dict[str, Any] = {"ratio": cell.ratio, "sx": 2, "sy": 2, "seed": 1}
+    tokens = torch.randn(images, side * side, site.channels, device=unet.device, dtype=unet.dtype)
+    slot = ops.match(tokens, side, side, **options)
+    small = ops.merge(tokens, slot, cell.ratio)
+    parts: dict[str, tuple[Callable[..., Tensor | None], tuple[Any, ...]]] = {
+        "match": (lambda x: ops.match(x, side, side, **options), (tokens,)),
+        "merge": (lambda x, s: ops.merge(x, s, cell.ratio), (tokens, slot)),
+        "unmerge": (ops.unmerge, (small, slot)),
+        "attention, all tokens": (lambda x: block.attn1(x), (tokens,)),
+        "attention, merged": (lambda x: block.attn1(x), (small,)),
+    }
+
+    def make(part: Callable[..., Any], given: tuple[Any, ...]) -> Callable[[], Callable[[], Tensor]]:
+        def prepared() -> Callable[[], Tensor]:
+            compiled = torch.compile(part, fullgraph=True)
+            return lambda: compiled(*given)
+
+        return prepared
+
+    return measure.compare(
+        {name: make(*part) for name, part in parts.items()},
+        exact=dict.fromkeys(parts, False),
+        rounds=max(rounds, 10),
+        device=cell.device,
+        title=f"parts of {cell}",
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench latency`."""
+    parser.add_argument("--suite", choices=SUITES, help="a fixed set of cells; the options below are then its own")
+    parser.add_argument("--part", default="1/1", help="which part of the cells, 1/3 for the first third")
+    parser.add_argument("--model", nargs="+", default=["tiny"], help=f"{', '.join(models.CONFIGS)} or a folder")
+    parser.add_argument("--resolution", nargs="+", type=int, default=[512], help="pixels along a side")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="images")
+    parser.add_argument("--ratio", nargs="+", type=float, default=[0.5])
+    parser.add_argument("--scope", nargs="+", choices=SCOPES, default=["attn"])
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--mode", choices=MODES, default="default")
+    parser.add_argument("--no-guidance", action="store_true", help="one UNet call per image, not two")
+    parser.add_argument("--end-to-end", action="store_true", help=f"seconds per image of {STEPS} steps, VAE included")
+    parser.add_argument("--breakdown", action="store_true", help="time match, merge, unmerge and attention as well")
+    parser.add_argument("--rounds", type=int, help="timed calls of each variant")
+    parser.add_argument("--json", type=Path, help="where to; a file that is there is continued")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run `python -m bench latency`."""
+    a = arguments
+    if a.suite:
+        chosen = suite(a.suite, a.device)
+        cells, variants, rounds = chosen.cells, chosen.variants, a.rounds or chosen.rounds
+    else:
+        products = itertools.product(a.model, a.resolution, a.batch, a.ratio, a.scope)
+        common = (a.dtype, a.device, a.mode, not a.no_guidance, a.end_to_end)
+        cells = tuple(Cell(*product, *common) for product in products)
+        variants, rounds = tuple(a.variant), a.rounds or 10
+    part, parts = map(int, a.part.split("/"))
+    path = a.json or Path("out") / f"{a.suite or 'latency'}.json"
+    print(NOTE)
+    run(cells[part - 1 :: parts], variants, rounds, path, breakdown=a.breakdown)
+    print(f"written to {path}")

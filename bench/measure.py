@@ -1,0 +1,222 @@
+"""How things are timed and counted: interleaved rounds, dynamo's own counters, cold compiles."""
+
+import gc
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
+from torch._inductor.utils import fresh_cache
+from tqdm import tqdm
+
+OUT_OF_MEMORY = "OOM"
+
+
+@dataclass
+class Compiles:
+    """What dynamo did while something ran."""
+
+    graphs: int = 0
+    graph_breaks: int = 0
+    recompiles: int = 0
+
+
+@dataclass
+class Row:
+    """One variant in one cell.
+
+    Args:
+        samples_ms: Milliseconds of each timed call, one per round, in order.
+        first_s: Seconds of the first call: cold compilation, if any, and one run.
+        compiles: Counted over the warm-up.
+        relative_error: Distance of the output from the stock UNet's, in the 2-norm.
+        peak_memory: Bytes on the GPU, or None.
+        error: Why there are no samples, or None.
+    """
+
+    samples_ms: list[float] = field(default_factory=list)
+    first_s: float | None = None
+    compiles: Compiles | None = None
+    relative_error: float | None = None
+    peak_memory: int | None = None
+    error: str | None = None
+
+
+@contextmanager
+def count_compiles() -> Iterator[Compiles]:
+    """Dynamo's own counts of what is compiled within."""
+    result = Compiles()
+    clear_compilation_metrics()
+    graphs, breaks = _graphs(), sum(counters["graph_break"].values())
+    yield result
+    result.graphs = _graphs() - graphs
+    result.graph_breaks = sum(counters["graph_break"].values()) - breaks
+    # A compile id is "code object / compile of it". Variants share code objects: only what is compiled twice in here
+    # is compiled again.
+    frames = [str(metrics.compile_id).split("/")[0] for metrics in get_compilation_metrics()]
+    result.recompiles = len(frames) - len(set(frames))
+
+
+def _graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+class Timer:
+    """Milliseconds of a call: by events on a GPU, whose second-level cache is flushed before, else by the clock."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+        self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if self.cuda else None
+
+    def __call__(self, run: Callable[[], Any]) -> float:
+        """Run once."""
+        if self.flush is None:
+            start = time.perf_counter()
+            run()
+            return (time.perf_counter() - start) * 1e3
+        self.flush.zero_()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        torch.cuda.synchronize()
+        events[0].record()
+        run()
+        events[1].record()
+        torch.cuda.synchronize()
+        return float(events[0].elapsed_time(events[1]))
+
+
+def compare(
+    runs: Mapping[str, Callable[[], Callable[[], torch.Tensor]]],
+    *,
+    exact: Mapping[str, bool],
+    rounds: int,
+    device: str,
+    title: str,
+    warmups: int = 1,
+    save: Callable[[dict[str, Row]], None] = lambda rows: None,
+) -> dict[str, Row]:
+    """Time variants in interleaved rounds, A B C A B C, so that a drift of the machine meets all of them alike.
+
+    Args:
+        runs: For each variant, what prepares it and returns the call to time, which returns its output.
+        exact: Whether a variant must give the output of the first one, up to rounding.
+        rounds: Timed calls of each variant.
+        device: "cpu" or "cuda".
+        title: What the progress bar calls this cell.
+        warmups: Calls before timing, the first of which compiles.
+        save: Called after the warm-up of each variant and after each round, with all rows so far.
+
+    Returns:
+        The rows. A variant that fails has its reason in `error` and no samples, and the others go on.
+    """
+    rows: dict[str, Row] = {name: Row() for name in runs}
+    calls: dict[str, Callable[[], torch.Tensor]] = {}
+    reference: torch.Tensor | None = None
+    timer = Timer(device)
+    torch._dynamo.reset()  # the cells before are done with, and so is their share of the recompile limit
+    gc.collect()
+    with torch.no_grad(), tqdm(total=len(runs) * (rounds + 2), desc=title, file=sys.stderr, leave=False) as bar:
+        for name, make in runs.items():
+            bar.set_postfix_str(f"warming up {name}")
+            row = rows[name]
+            try:
+                with fresh_cache(), count_compiles() as row.compiles:
+                    if timer.cuda:
+                        torch.cuda.reset_peak_memory_stats()
+                    call = make()
+                    row.first_s = timer(call) / 1e3
+                    for _ in range(warmups):
+                        output = call()
+                    if timer.cuda:
+                        row.peak_memory = torch.cuda.max_memory_allocated()
+                    output = output.float().cpu()
+                    reference = output if reference is None else reference
+                    row.relative_error = float((output - reference).norm() / reference.norm())
+                    _check(row.relative_error, exact[name])
+                    calls[name] = call
+            except Exception as error:  # whatever a variant does wrong belongs in its cell
+                row.error = reason(error)
+            save(rows)
+            bar.update()
+        for turn in range(rounds + 1):
+            for name in list(calls):
+                bar.set_postfix_str(name)
+                try:
+                    sample = timer(calls[name])
+                    if turn:  # the first brings back what the machine put away while the others compiled
+                        rows[name].samples_ms.append(sample)
+                except Exception as error:
+                    rows[name].error, rows[name].samples_ms = reason(error), []
+                    del calls[name]
+                bar.update()
+            save(rows)
+    return rows
+
+
+def _check(relative_error: float, exact: bool) -> None:
+    if relative_error != relative_error:
+        raise ValueError("output is not finite")
+    if exact and relative_error > 0.05:
+        raise ValueError(f"wrong output: {relative_error:.2g} from the stock UNet's")
+
+
+def reason(error: Exception) -> str:
+    """Why a variant failed, on one line."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+        return OUT_OF_MEMORY
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"[:300]
+
+
+def machine() -> dict[str, Any]:
+    """What a number was measured on and with."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    memory = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "0")
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    packages = ("torch", "diffusers", "tomesd")
+    return {
+        "cpu": cpu or platform.processor(),
+        "cores": torch.get_num_threads(),
+        "memory_gib": round(int(memory) / 2**20),
+        "gpu": gpu and gpu.name,
+        "cuda": torch.version.cuda,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+    }
+
+
+def as_json(rows: Mapping[str, Row]) -> dict[str, Any]:
+    """Rows as they are stored: raw samples, unrounded."""
+    return {name: asdict(row) for name, row in rows.items()}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A document that `write` wrote."""
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
+def write(path: Path, document: Mapping[str, Any]) -> None:
+    """Write JSON such that an interruption leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(document, indent=1) + "\n")
+    draft.replace(path)
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def _output(*command: str) -> str | None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None

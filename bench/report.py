@@ -1,0 +1,127 @@
+"""`python -m bench report`: the README's tables and plots, from the JSON under bench/results."""
+
+import argparse
+import re
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import demo, latency, measure
+from bench.variants import VARIANTS
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+
+
+def machine(document: dict[str, Any]) -> str:
+    """The line above every table: what it was measured on and with."""
+    m = document["machine"]
+    where = m["gpu"] or f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB"
+    versions = ", ".join(f"{name} {m[name]}" for name in ("torch", "diffusers", "tomesd"))
+    return f"{where}; Python {m['python']}, {versions}; commit {m['commit']}. {document['note']}"
+
+
+def section(name: str, document: dict[str, Any]) -> str:
+    """A file's part of the README: the machine, then each table under its setting."""
+    parts = [f"*{machine(document)}*"]
+    if document["kind"] == "demo":
+        cell = document["cell"]
+        parts.append(
+            f"A small UNet in a `StableDiffusionPipeline`, {cell['resolution']} px, ratio {cell['ratio']}; "
+            f"ratios of the sweep: {', '.join(map(str, document['ratios']))}."
+        )
+        parts.append(demo.table(document))
+    for entry in document.get("cells", ()):
+        cell = latency.Cell(**entry["cell"])
+        images = cell.batch * (2 if cell.guidance else 1)
+        parts.append(
+            f"**{cell.model}, {cell.resolution} px**, UNet batch {images}, ratio {cell.ratio}, {cell.scope}, "
+            f"{cell.dtype} on {cell.device}, mode {cell.mode}. {latency.table(entry)}"
+        )
+        if "breakdown" in entry:
+            parts.append("One site of the finest level, each part compiled alone:\n\n" + breakdown(entry["breakdown"]))
+    return "\n\n".join(parts)
+
+
+def breakdown(rows: dict[str, Any]) -> str:
+    """Milliseconds of the parts of a site."""
+    lines = [f"| {name} | {median(row['samples_ms']):.2f} |" for name, row in rows.items() if row["samples_ms"]]
+    return "\n".join(["| part | ms (median) |", "|---|---|", *lines])
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """Replace what stands between the markers of `name`.
+
+    Raises:
+        ValueError: The text has no such markers.
+    """
+    begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"found no markers {begin} ... {end}")
+    return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
+
+
+def plots(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
+    """Speed-up over `compile` against resolution, and the waterfall from `vanilla`, for each file of latencies."""
+    import matplotlib as mpl  # only this command needs it
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    written = []
+    for name, document in documents.items():
+        cells = [(latency.Cell(**entry["cell"]), entry) for entry in document.get("cells", ())]
+        for model in dict.fromkeys(cell.model for cell, _ in cells):
+            chosen = sorted(
+                (
+                    (cell.resolution, entry)
+                    for cell, entry in cells
+                    if (cell.model, cell.ratio, cell.scope, cell.batch) == (model, 0.5, "attn", 1)
+                ),
+                key=lambda pair: pair[0],
+            )
+            if not chosen:
+                continue
+            figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+            sides = [side for side, _ in chosen]
+            for variant in VARIANTS:
+                if VARIANTS[variant].merges:
+                    points = [latency.speedup(entry["rows"], "compile", variant) for _, entry in chosen]
+                    left.plot(sides, [p or float("nan") for p in points], marker="o", label=variant)
+            left.plot(sides, [entry["bound"] for _, entry in chosen], "k--", marker="_", label="FLOP bound")
+            left.axhline(1, color="grey", linewidth=0.8)
+            left.set(xlabel="image side, px", ylabel="speed-up over compile", xticks=sides, title=f"{model}, ratio 0.5")
+            left.legend(fontsize=8)
+            side, entry = chosen[-1]
+            steps = [v for v in ("vanilla", "sdpa", "compile", "tome_fx+compile") if entry["rows"][v]["samples_ms"]]
+            heights = [median(entry["rows"][v]["samples_ms"]) for v in steps]
+            bars = right.bar(steps, heights, color=["0.7", "0.6", "0.5", "tab:green"][-len(steps) :])
+            right.bar_label(bars, fmt="%.0f ms")
+            right.set(ylabel="ms per UNet call", title=f"{model}, {side} px: each bar adds one technique")
+            figure.tight_layout()
+            path = folder / f"{name}-{model}.png"
+            figure.savefig(path, dpi=100)
+            plt.close(figure)
+            written.append(path)
+    return written
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench report`."""
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the README is out of date")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run `python -m bench report`."""
+    documents = {path.stem: measure.read(path) for path in sorted(RESULTS.glob("*.json"))}
+    text = README.read_text()
+    for name, document in documents.items():
+        text = fill(text, name, section(name, document))
+    if arguments.check:
+        if text != README.read_text():
+            raise SystemExit("README.md is out of date: run `python -m bench report`")
+        return
+    README.write_text(text)
+    for path in (README, *plots(documents, RESULTS)):
+        print(f"wrote {path.relative_to(README.parent)}")
