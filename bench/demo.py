@@ -15,12 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tome_fx
-from bench import latency, measure, models
+from bench import latency, measure, models, tables
+from bench.cells import Cell
 from bench.variants import VARIANTS, Setting, prepare, sample_first
 from tome_fx.api import share
 
-ROWS = ("sdpa", "compile", "tomesd+sdpa", "tomesd+compile", "tome_fx", "tome_fx+compile")
-CELL = latency.Cell("tiny", 512)
+ROWS = ("sdpa", "compile", "tomesd+sdpa", "tome_fx", "tome_fx+compile", "tomesd+compile")
+CELL = Cell("tiny", 512)
 RATIOS = (0.25, 0.5, 0.75)
 
 
@@ -43,7 +44,7 @@ def run(steps: int, rounds: int, path: Path) -> dict[str, Any]:
         "cell": {**vars(CELL), "steps": steps},
         "rows": measure.as_json(rows),
         "ratios": RATIOS,
-        "sweeps": {name: _sweep(name, unet) for name in ROWS if "compile" in name and VARIANTS[name].merges},
+        "sweeps": {name: sweep(name, unet) for name in ROWS if "compile" in name and VARIANTS[name].merges},
     }
     measure.write(path, document)
     return document
@@ -63,8 +64,8 @@ def table(document: dict[str, Any]) -> str:
             [
                 f"`{name}`",
                 f"{median(row['samples_ms']) / steps:.0f}",
-                f"{latency.speedup(rows, 'sdpa', name):.2f}x",
-                f"{latency.speedup(rows, 'compile', name):.2f}x",
+                f"{tables.speedup(rows, 'sdpa', name):.2f}x",
+                f"{tables.speedup(rows, 'compile', name):.2f}x",
                 f"{row['first_s'] - median(row['samples_ms']) / 1e3:.0f}" if compiled else "",
                 row["compiles"]["graphs"] if compiled else "",
                 row["compiles"]["graph_breaks"] if compiled else "",
@@ -86,7 +87,7 @@ def _denoising(name: str, unet: UNet2DConditionModel, steps: int) -> Callable[[]
     return make
 
 
-def _sweep(name: str, unet: UNet2DConditionModel) -> tuple[int, int]:
+def sweep(name: str, unet: UNet2DConditionModel) -> tuple[int, int]:
     """Graphs compiled while the ratio goes through `RATIOS`, and while it does so again.
 
     Counted with a backend that generates no code: what dynamo compiles does not depend on the backend.

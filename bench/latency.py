@@ -4,18 +4,18 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from tabulate import tabulate
 from torch import Tensor, nn
 
 import tome_fx
 from bench import measure, models
+from bench.cells import SUITES, Cell, suite
+from bench.tables import table
 from bench.variants import MODES, SCOPES, VARIANTS, Setting, merged, prepare
 from tome_fx import ops
 from tome_fx.capture import find_sites
@@ -23,66 +23,6 @@ from tome_fx.capture import find_sites
 NOTE = "Weights are random, from a seed: latency does not depend on them."
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STEPS = 50  # of an end-to-end image: diffusers' default
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One place of a table: what all variants are measured on.
-
-    Args:
-        resolution: Pixels along a side of the image.
-        batch: Images. The UNet sees twice as many under classifier-free guidance.
-        guidance: Whether it does.
-        end_to_end: Whether a sample is a whole image, through pipeline, scheduler and VAE.
-    """
-
-    model: str
-    resolution: int
-    batch: int = 1
-    ratio: float = 0.5
-    scope: str = "attn"
-    dtype: str = "fp32"
-    device: str = "cpu"
-    mode: str = "default"
-    guidance: bool = True
-    end_to_end: bool = False
-
-    def __str__(self) -> str:
-        """Its name in a progress bar."""
-        return f"{self.model} {self.resolution}px b{self.batch} r{self.ratio} {self.scope}"
-
-
-@dataclass(frozen=True)
-class Suite:
-    """A set of cells with the variants and rounds they are measured with."""
-
-    cells: tuple[Cell, ...]
-    variants: tuple[str, ...] = tuple(VARIANTS)
-    rounds: int = 10
-
-
-def suite(name: str, device: str) -> Suite:
-    """The suites: see `python -m bench latency --help`."""
-    half = "fp16" if device != "cpu" else "fp32"
-    if name == "smoke":
-        return Suite((Cell("tiny", 256, device=device),), ("sdpa", "compile", "tome_fx", "tome_fx+compile"), 3)
-    if name == "cpu":
-        tiny = [Cell("tiny", side, guidance=False) for side in (256, 512)]
-        return Suite((*tiny, Cell("sd15", 512, guidance=False)), rounds=7)
-    if name == "seed":
-        grid = itertools.product((512, 768, 1024), (1, 2, 4, 8, 10))
-        return Suite(tuple(Cell("sd15", side, batch, dtype=half, device=device) for side, batch in grid))
-    sizes = [("sd15", side) for side in (512, 768, 1024, 1536, 2048)] + [("sdxl", side) for side in (1024, 1536, 2048)]
-    options = [(ratio, "attn") for ratio in (0.25, 0.5, 0.75)] + [(0.5, scope) for scope in SCOPES if scope != "attn"]
-    return Suite(
-        tuple(
-            Cell(model, side, ratio=ratio, scope=scope, dtype=half, device=device)
-            for (model, side), (ratio, scope) in itertools.product(sizes, options)
-        )
-    )
-
-
-SUITES = ("seed", "headline", "cpu", "smoke")
 
 
 def run(cells: Sequence[Cell], variants: Sequence[str], rounds: int, path: Path, *, breakdown: bool = False) -> Any:
@@ -124,65 +64,6 @@ def run(cells: Sequence[Cell], variants: Sequence[str], rounds: int, path: Path,
         measure.write(path, document)
         print(f"\n{cell}\n{table(entry)}\n", flush=True)
     return document
-
-
-def table(entry: dict[str, Any]) -> str:
-    """A cell's table: medians, and ratios taken within each round."""
-    rows = entry["rows"]
-    unit, scale = ("s/image", 1e-3) if entry["cell"]["end_to_end"] else ("ms", 1.0)
-    lines = []
-    for name, row in rows.items():
-        samples = row["samples_ms"]
-        if not samples:
-            lines.append([name, row["error"] or "not measured"])
-            continue
-        spread = quantiles(samples, n=10) if len(samples) > 1 else samples * 9
-        over_compile = speedup(rows, "compile", name)
-        bound = entry["bound"] if VARIANTS[name].merges else None
-        lines.append(
-            [
-                name,
-                f"{median(samples) * scale:.4g}",
-                f"{spread[0] * scale:.4g} - {spread[-1] * scale:.4g}",
-                _times(speedup(rows, "vanilla", name)),
-                _times(over_compile),
-                share_of_bound(over_compile, bound),
-                _percent(speedup(rows, name, "oracle+compile"), name),
-                f"{row['first_s']:.1f}",
-                row["compiles"]["graphs"],
-                row["compiles"]["graph_breaks"],
-                row["compiles"]["recompiles"],
-                f"{row['peak_memory'] / 2**30:.2f}" if row["peak_memory"] else "",
-            ]
-        )
-    heads = ["variant", f"{unit} (median)", "p10 - p90", "vs vanilla", "vs compile", "of the bound", "over the oracle"]
-    heads += ["first call s", "graphs", "breaks", "recompiles", "GiB"]
-    title = f"FLOP bound on merging: {entry['bound']:.3f}x"
-    return f"{title}\n\n" + tabulate(lines, heads, tablefmt="github", disable_numparse=True)
-
-
-def speedup(rows: dict[str, Any], slow: str, fast: str) -> float | None:
-    """Median over the rounds of the time of `slow` over that of `fast` in the same round."""
-    if slow not in rows or fast not in rows:
-        return None
-    pairs = zip(rows[slow]["samples_ms"], rows[fast]["samples_ms"], strict=False)
-    ratios = [a / b for a, b in pairs]
-    return median(ratios) if ratios else None
-
-
-def share_of_bound(over_compile: float | None, bound: float | None) -> str:
-    """How much of what merging could save it saves: 100 % is a run time that fell as much as the FLOPs did."""
-    if over_compile is None or bound is None or bound <= 1:
-        return ""
-    return f"{(over_compile - 1) / (bound - 1):.0%}"
-
-
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}x"
-
-
-def _percent(ratio: float | None, name: str) -> str:
-    return "" if ratio is None or not VARIANTS[name].merges else f"{ratio - 1:+.1%}"
 
 
 def _flops(unet: UNet2DConditionModel, cell: Cell) -> dict[str, Any]:

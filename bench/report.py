@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import demo, latency, measure
+from bench import demo, measure, tables
+from bench.cells import Cell
 from bench.variants import VARIANTS
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,11 +33,11 @@ def section(name: str, document: dict[str, Any]) -> str:
         )
         parts.append(demo.table(document))
     for entry in document.get("cells", ()):
-        cell = latency.Cell(**entry["cell"])
+        cell = Cell(**entry["cell"])
         images = cell.batch * (2 if cell.guidance else 1)
         parts.append(
             f"**{cell.model}, {cell.resolution} px**, UNet batch {images}, ratio {cell.ratio}, {cell.scope}, "
-            f"{cell.dtype} on {cell.device}, mode {cell.mode}. {latency.table(entry)}"
+            f"{cell.dtype} on {cell.device}, mode {cell.mode}. {tables.table(entry)}"
         )
         if "breakdown" in entry:
             parts.append("One site of the finest level, each part compiled alone:\n\n" + breakdown(entry["breakdown"]))
@@ -71,7 +72,7 @@ def plots(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
 
     written = []
     for name, document in documents.items():
-        cells = [(latency.Cell(**entry["cell"]), entry) for entry in document.get("cells", ())]
+        cells = [(Cell(**entry["cell"]), entry) for entry in document.get("cells", ())]
         for model in dict.fromkeys(cell.model for cell, _ in cells):
             chosen = sorted(
                 (
@@ -87,7 +88,7 @@ def plots(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
             sides = [side for side, _ in chosen]
             for variant in VARIANTS:
                 if VARIANTS[variant].merges:
-                    points = [latency.speedup(entry["rows"], "compile", variant) for _, entry in chosen]
+                    points = [tables.speedup(entry["rows"], "compile", variant) for _, entry in chosen]
                     left.plot(sides, [p or float("nan") for p in points], marker="o", label=variant)
             left.plot(sides, [entry["bound"] for _, entry in chosen], "k--", marker="_", label="FLOP bound")
             left.axhline(1, color="grey", linewidth=0.8)

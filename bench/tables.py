@@ -1,0 +1,67 @@
+"""Tables of latencies. Every ratio is taken within a round, and the median of those ratios is shown."""
+
+from statistics import median, quantiles
+from typing import Any
+
+from tabulate import tabulate
+
+from bench.variants import VARIANTS
+
+
+def table(entry: dict[str, Any]) -> str:
+    """A cell's table: medians, and ratios taken within each round."""
+    rows = entry["rows"]
+    unit, scale = ("s/image", 1e-3) if entry["cell"]["end_to_end"] else ("ms", 1.0)
+    lines = []
+    for name, row in rows.items():
+        samples = row["samples_ms"]
+        if not samples:
+            lines.append([name, row["error"] or "not measured"])
+            continue
+        spread = quantiles(samples, n=10) if len(samples) > 1 else samples * 9
+        over_compile = speedup(rows, "compile", name)
+        bound = entry["bound"] if VARIANTS[name].merges else None
+        lines.append(
+            [
+                name,
+                f"{median(samples) * scale:.4g}",
+                f"{spread[0] * scale:.4g} - {spread[-1] * scale:.4g}",
+                _times(speedup(rows, "vanilla", name)),
+                _times(over_compile),
+                share_of_bound(over_compile, bound),
+                _percent(speedup(rows, name, "oracle+compile"), name),
+                f"{row['first_s']:.1f}",
+                row["compiles"]["graphs"],
+                row["compiles"]["graph_breaks"],
+                row["compiles"]["recompiles"],
+                f"{row['peak_memory'] / 2**30:.2f}" if row["peak_memory"] else "",
+            ]
+        )
+    heads = ["variant", f"{unit} (median)", "p10 - p90", "vs vanilla", "vs compile", "of the bound", "over the oracle"]
+    heads += ["first call s", "graphs", "breaks", "recompiles", "GiB"]
+    title = f"FLOP bound on merging: {entry['bound']:.3f}x"
+    return f"{title}\n\n" + tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+
+
+def speedup(rows: dict[str, Any], slow: str, fast: str) -> float | None:
+    """Median over the rounds of the time of `slow` over that of `fast` in the same round."""
+    if slow not in rows or fast not in rows:
+        return None
+    pairs = zip(rows[slow]["samples_ms"], rows[fast]["samples_ms"], strict=False)
+    ratios = [a / b for a, b in pairs]
+    return median(ratios) if ratios else None
+
+
+def share_of_bound(over_compile: float | None, bound: float | None) -> str:
+    """How much of what merging could save it saves: 100 % is a run time that fell as much as the FLOPs did."""
+    if over_compile is None or bound is None or bound <= 1:
+        return ""
+    return f"{(over_compile - 1) / (bound - 1):.0%}"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _percent(ratio: float | None, name: str) -> str:
+    return "" if ratio is None or not VARIANTS[name].merges else f"{ratio - 1:+.1%}"
