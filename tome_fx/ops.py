@@ -81,11 +81,12 @@ def merge(tokens: Tensor, slot: Tensor | None, ratio: float) -> Tensor:
     ordered, order = slot.sort(dim=1, stable=True)
     start = torch.searchsorted(ordered, torch.arange(kept, device=slot.device).repeat(batch, 1))
     row = count * torch.arange(batch, device=slot.device)[:, None]
+    flat = tokens.reshape(batch * count, channels)
+    if flat.dtype == torch.float16 and flat.device.type == "cpu":
+        flat = flat.float()  # a GPU sums in float32 by itself, a CPU in float16, where a sum may not fit
     # A bag sum reads each token once and needs no copy in slot order; see NOTE [Determinism].
-    bags = F.embedding_bag(
-        (order + row).flatten(), tokens.reshape(batch * count, channels), (start + row).flatten(), mode="mean"
-    )
-    return bags.view(batch, kept, channels)
+    bags = F.embedding_bag((order + row).flatten(), flat, (start + row).flatten(), mode="mean")
+    return bags.to(tokens.dtype).view(batch, kept, channels)
 
 
 def unmerge(tokens: Tensor, slot: Tensor | None) -> Tensor:

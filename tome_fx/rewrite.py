@@ -3,11 +3,27 @@
 Nothing here knows diffusers. A graph is a `torch.fx.Graph`; the modules to act on are named by the caller.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from tome_fx import ops
+
+
+class WithSlot:
+    """A block together with its slot map, for functions that call a block with positional arguments alone.
+
+    Not a `functools.partial`, whose `__call__` dynamo cannot trace.
+    """
+
+    def __init__(self, block: Callable[..., Any], slot: Tensor | None) -> None:
+        self.block = block
+        self.slot = slot
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the block."""
+        return self.block(*args, slot=self.slot)
 
 
 def insert_match(
@@ -42,9 +58,8 @@ def insert_match(
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     source = next(node for node in inputs if node.target == image)
     with graph.inserting_after(inputs[-1]):
-        width = graph.call_method("size", (source, 3))
-        height = graph.call_method("size", (source, 2))
-    height.name, width.name = "height", "width"
+        width = graph.create_node("call_method", "size", (source, 3), name="width")
+        height = graph.create_node("call_method", "size", (source, 2), name="height")
     for node, name, tokens in calls:
         with graph.inserting_before(node):
             slot = graph.call_function(
@@ -52,8 +67,12 @@ def insert_match(
                 (node.args[tokens], height, width),
                 {"ratio": ratio, "sx": sx, "sy": sy, "seed": seeds[name]},
             )
+            if tokens:  # called through a function, which may pass positional arguments alone
+                bound = graph.call_function(WithSlot, (node.args[tokens - 1], slot))
+                node.update_arg(tokens - 1, bound)
+            else:
+                node.update_kwarg("slot", slot)
         slot.meta["shape"] = "[B, N]"
-        node.kwargs = {**node.kwargs, "slot": slot}
     _show_shapes(graph)
     return len(calls)
 

@@ -7,6 +7,7 @@ module is traced instead. Its children record their calls, so nothing is patched
 
 import dataclasses
 import inspect
+import operator
 import types
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -151,7 +152,7 @@ def _argument(tracer: _Tracer, node: fx.Node, what: Hashable) -> Any:
         return what
     if isinstance(what, tuple):
         return {
-            name: _argument(tracer, tracer.graph.call_function(dict.__getitem__, (node, name)), item)
+            name: _argument(tracer, tracer.graph.call_function(operator.getitem, (node, name)), item)
             for name, item in what
         }
     proxy = _Tokens(node, tracer)

@@ -1,0 +1,247 @@
+"""The bench can tell: slow is shown slower, a graph break is counted, a broken variant is reported and not averaged."""
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import relative_error
+from torch import Tensor
+
+from bench import demo, latency, measure, models, report, tables, variants
+from bench.cells import Cell, suite
+from tome_fx.api import share
+
+RESULTS = sorted(report.RESULTS.glob("*.json"))
+
+
+def spin(milliseconds: float) -> Callable[[], Tensor]:
+    """A call that takes so long, whatever the machine does beside it."""
+
+    def call() -> Tensor:
+        end = time.perf_counter() + milliseconds / 1e3
+        while time.perf_counter() < end:
+            pass
+        return torch.ones(3)
+
+    return call
+
+
+def compare(calls: dict[str, Callable[[], Tensor]], exact: bool = True, rounds: int = 5) -> dict[str, measure.Row]:
+    runs = {name: (lambda call=call: call) for name, call in calls.items()}
+    return measure.compare(runs, exact=dict.fromkeys(calls, exact), rounds=rounds, device="cpu", title="test")
+
+
+def test_a_variant_slowed_on_purpose_is_shown_slower() -> None:
+    rows = measure.as_json(compare({"fast": spin(1), "slow": spin(20)}))
+    ratio = tables.speedup(rows, "slow", "fast")
+    assert ratio is not None
+    assert ratio > 2
+
+
+def test_variants_take_turns_in_every_round() -> None:
+    order: list[str] = []
+
+    def noting(name: str) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            order.append(name)
+            return torch.ones(1)
+
+        return call
+
+    compare({name: noting(name) for name in "abc"}, rounds=3)
+    timed = order[-9:]
+    assert timed == ["a", "b", "c"] * 3
+
+
+def test_a_graph_break_planted_on_purpose_is_counted() -> None:
+    def whole(x: Tensor) -> Tensor:
+        return x.sin().cos()
+
+    def broken(x: Tensor) -> Tensor:
+        y = x.sin()
+        torch._dynamo.graph_break()
+        return y.cos()
+
+    x = torch.randn(8)
+    compiled = {f.__name__: torch.compile(f, backend="eager") for f in (whole, broken)}
+    rows = compare({name: partial(function, x) for name, function in compiled.items()})
+    assert rows["whole"].compiles == measure.Compiles(graphs=1, graph_breaks=0, recompiles=0)
+    assert rows["broken"].compiles == measure.Compiles(graphs=2, graph_breaks=1, recompiles=0)
+
+
+def test_a_recompile_is_counted() -> None:
+    compiled = torch.compile(lambda x: x.sin(), backend="eager", dynamic=False)
+    with measure.count_compiles() as compiles:
+        for size in (3, 4, 3, 5):
+            compiled(torch.ones(size))
+    assert compiles == measure.Compiles(graphs=3, graph_breaks=0, recompiles=2)
+
+
+def test_a_variant_that_raises_is_reported_and_the_others_go_on() -> None:
+    def fails() -> Tensor:
+        raise RuntimeError("no such kernel\nsecond line")
+
+    rows = compare({"good": spin(1), "bad": fails, "also good": spin(1)})
+    assert rows["bad"].error == "RuntimeError: no such kernel"
+    assert rows["bad"].samples_ms == []
+    assert len(rows["good"].samples_ms) == len(rows["also good"].samples_ms) == 5
+
+
+def test_a_variant_that_raises_while_it_is_timed_keeps_no_samples() -> None:
+    calls = iter(range(100))
+
+    def fails_later() -> Tensor:
+        if next(calls) >= 4:
+            raise ValueError("tired")
+        return torch.ones(3)
+
+    rows = compare({"good": spin(1), "late": fails_later})
+    assert rows["late"].error == "ValueError: tired"
+    assert rows["late"].samples_ms == []
+    assert len(rows["good"].samples_ms) == 5
+
+
+@pytest.mark.parametrize(("output", "message"), [(math.nan, "not finite"), (7.0, "wrong output")])
+def test_a_wrong_output_is_no_result(output: float, message: str) -> None:
+    rows = compare({"reference": spin(1), "wrong": lambda: torch.full((3,), output)})
+    assert message in str(rows["wrong"].error)
+    assert rows["wrong"].samples_ms == []
+
+
+def test_a_merging_variant_may_differ() -> None:
+    rows = compare({"reference": spin(1), "merging": lambda: torch.full((3,), 2.0)}, exact=False)
+    assert rows["merging"].error is None
+    assert rows["merging"].relative_error == pytest.approx(1)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("can't allocate memory")])
+def test_out_of_memory_says_so(error: Exception) -> None:
+    assert measure.reason(error) == "OOM"
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    cells = [Cell("tiny", side) for side in (64, 128)]
+    measured: list[str] = []
+    real = measure.compare
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        measured.append(kwargs["title"])
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(measure, "compare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        latency.run(cells, ("sdpa", "tome_fx"), 2, path)
+    first = measure.read(path)["cells"][0]
+    document = latency.run(cells, ("sdpa", "tome_fx"), 2, path)
+    assert measured == [str(cells[0]), str(cells[1]), str(cells[1])]
+    assert document["cells"][0] == first
+    assert all(entry["complete"] for entry in document["cells"])
+
+
+def test_every_eager_variant_runs_and_those_that_merge_differ() -> None:
+    unet = models.build("tiny")
+    given = models.inputs(unet, 128, 2)
+    outputs = {}
+    with torch.no_grad():
+        for name in ("sdpa", "vanilla", "tomesd", "tomesd+sdpa", "tome_fx"):
+            outputs[name] = variants.prepare(name, unet, variants.Setting())(**given).sample
+    assert relative_error(outputs["vanilla"], outputs["sdpa"]) < 1e-4
+    for name in ("tomesd", "tomesd+sdpa", "tome_fx"):
+        assert relative_error(outputs[name], outputs["sdpa"]) > 1e-4
+
+
+@pytest.mark.parametrize("scope", variants.SCOPES)
+def test_the_oracle_is_our_graph_with_matching_and_merging_removed(scope: str) -> None:
+    unet = models.build("tiny")
+    setting = variants.Setting(scope=scope)
+    ours, oracle = variants.merged(unet, setting), variants.oracle(unet, setting)
+    for path, module in ours.named_modules():
+        if not hasattr(module, "graph"):
+            continue
+        pairs = list(zip(module.graph.nodes, oracle.get_submodule(path).graph.nodes, strict=True))
+        changed = {node.name for node, other in pairs if node.target != other.target}
+        assert all(name.startswith(("match", "merge", "unmerge")) for name in changed)
+        assert changed
+    with torch.no_grad():
+        assert oracle(**models.inputs(unet, 128, 2)).sample.isfinite().all()
+
+
+def test_todo_halves_keys_and_values_along_both_sides_at_the_finest_level() -> None:
+    unet = models.build("tiny")
+    result = variants.downsampled(share(unet), variants.Setting())
+    seen = {}
+    for path, module in result.named_modules():
+        if path.endswith("attn1.to_k") or path.endswith("attn1.to_q"):
+            module.register_forward_hook(lambda m, args, out, path=path: seen.update({path: args[0].shape[1]}))
+    with torch.no_grad():
+        result(**models.inputs(unet, 128, 1))
+    finest = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    middle = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    assert (seen[f"{finest}.to_q"], seen[f"{finest}.to_k"]) == (256, 64)
+    assert (seen[f"{middle}.to_q"], seen[f"{middle}.to_k"]) == (64, 64)
+
+
+def test_suites_have_the_cells_they_are_named_for() -> None:
+    seed = suite("seed", "cuda").cells
+    assert {(cell.resolution, cell.batch) for cell in seed} == {
+        (s, b) for s in (512, 768, 1024) for b in (1, 2, 4, 8, 10)
+    }
+    headline = suite("headline", "cuda").cells
+    assert {cell.ratio for cell in headline} == {0.25, 0.5, 0.75}
+    assert {cell.scope for cell in headline} == set(variants.SCOPES)
+    assert ("sdxl", 2048) in {(cell.model, cell.resolution) for cell in headline}
+    assert Cell("sd15", 512, guidance=False) in suite("cpu", "cpu").cells
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_committed_results_have_the_schema(path: Path) -> None:
+    document = measure.read(path)
+    assert document["schema"] == 1
+    assert {"cpu", "cores", "gpu", "torch", "diffusers", "tomesd", "python", "commit"} <= document["machine"].keys()
+    assert document["argv"]
+    groups = [entry["rows"] for entry in document.get("cells", [])] or [document["rows"]]
+    for entry in document.get("cells", []):
+        assert entry["complete"]
+        assert entry["bound"] == pytest.approx(entry["flops"] / entry["flops_merged"])
+        Cell(**entry["cell"])
+    for rows in groups:
+        assert rows
+        for row in rows.values():
+            parsed = measure.Row(**{**row, "compiles": row["compiles"] and measure.Compiles(**row["compiles"])})
+            assert bool(parsed.samples_ms) != bool(parsed.error)
+            assert all(sample > 0 for sample in parsed.samples_ms)
+
+
+def test_there_are_results() -> None:
+    assert RESULTS
+
+
+def test_the_readme_has_the_tables_of_the_committed_results() -> None:
+    report.main(argparse.Namespace(check=True))
+
+
+def test_a_readme_out_of_date_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(report.fill(report.README.read_text(), "demo", "another table"))
+    monkeypatch.setattr(report, "README", readme)
+    with pytest.raises(SystemExit, match=r"README.md is out of date"):
+        report.main(argparse.Namespace(check=True))
+
+
+def test_markers_that_are_missing_are_named() -> None:
+    with pytest.raises(ValueError, match="found no markers <!-- bench:gpu -->"):
+        report.fill("text", "gpu", "table")
+
+
+def test_the_demo_counts_compiles_of_a_sweep() -> None:
+    first, again = demo.sweep("tome_fx+compile", models.build("tiny"))
+    assert (first, again) == (len(demo.RATIOS), 0)

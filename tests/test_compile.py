@@ -1,0 +1,275 @@
+"""The contract under `torch.compile`: the whole model is one graph, and it is compiled no oftener than it must be.
+
+One compile per ratio and shape: none over steps, prompts and seeds, none on coming back to a ratio, and block by
+block no more than the stock model takes. Compiles are counted by the backend, which dynamo calls once per graph.
+No limit of dynamo's is raised for it.
+"""
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    blocks,
+    controlnet,
+    gligen,
+    hooked,
+    inputs,
+    mask,
+    objects,
+    one_stage,
+    output,
+    relative_error,
+    sd15,
+    sd21,
+    sdxl,
+    threads,
+    two_stages,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache, run_and_get_code
+
+from tome_fx import specialize, transform
+from tome_fx.capture import find_sites
+
+# torch's own, on the first import of its compiler in a process
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+UNETS = [sd15, sd21, sdxl]
+EVERYTHING: dict[str, Any] = {"max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.fixture
+def counter() -> Any:
+    return CompileCounterWithBackend("eager")
+
+
+def merges(counter: Any) -> list[int]:
+    """How many merges each graph that reached the backend holds, in order."""
+    bags = [
+        [node for node in g.graph.nodes if node.target is torch.nn.functional.embedding_bag] for g in counter.graphs
+    ]
+    return [len(found) for found in bags]
+
+
+def finest(model: Any) -> int:
+    """How many blocks the model has at its finest level of attention."""
+    level = [site.downsample for site in find_sites(model)]
+    return level.count(min(level))
+
+
+def assert_no_break_and(counter: Any, compiles: int) -> None:
+    assert counter.frame_count == compiles
+    assert counters["stats"]["unique_graphs"] == compiles
+    assert not counters["graph_break"]
+
+
+# ------------------------------------------------------------------------------------------------ the whole model
+
+
+@pytest.mark.parametrize("build", [*UNETS, controlnet, gligen])
+def test_the_whole_model_is_one_graph_with_every_merge_in_it(build: Callable[[], Any], counter: Any) -> None:
+    model = transform(build(), ratio=0.5)
+    arguments = inputs(model)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    assert torch.equal(output(compiled, arguments), output(model, arguments))
+    assert_no_break_and(counter, 1)
+    assert merges(counter) == [finest(model)]
+
+
+def test_nothing_breaks_the_graph_where_breaks_are_allowed(counter: Any) -> None:
+    model = transform(two_stages(), ratio=0.5, **EVERYTHING)
+    arguments = inputs(model)
+    output(torch.compile(model, backend=counter), arguments)
+    assert_no_break_and(counter, 1)
+    assert merges(counter) == [3 * len(blocks(model))]
+    found = torch._dynamo.explain(model)(**arguments)
+    assert (found.graph_count, found.graph_break_count, found.break_reasons) == (1, 0, [])
+
+
+def test_steps_prompts_and_seeds_compile_nothing_new(counter: Any) -> None:
+    model = transform(two_stages(), ratio=0.5)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    samples, prompts = inputs(model), [inputs(model, seed=seed)["encoder_hidden_states"] for seed in range(3)]
+    output(compiled, samples)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        results = [output(compiled, {**samples, "timestep": torch.tensor(step)}) for step in range(999, 0, -100)]
+        results += [output(compiled, inputs(model, seed=seed)) for seed in range(3)]
+        results += [output(compiled, {**samples, "encoder_hidden_states": prompt}) for prompt in prompts]
+    assert_no_break_and(counter, 1)
+    assert len(results) == 16
+    assert torch.equal(results[-1], output(model, {**samples, "encoder_hidden_states": prompts[-1]}))
+
+
+def test_a_ratio_is_compiled_once_and_coming_back_to_it_or_transforming_anew_compiles_nothing(counter: Any) -> None:
+    arguments = inputs(one_stage())
+    ratios = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    models = [transform(one_stage(), ratio=ratio) for ratio in ratios]
+    anew = [transform(one_stage(), ratio=ratio) for ratio in ratios]
+    for visit in (models, models, anew):
+        for model in visit:
+            compiled = torch.compile(model, backend=counter, fullgraph=True)
+            assert torch.equal(output(compiled, arguments), output(model, arguments))
+        assert_no_break_and(counter, len(ratios))
+    assert merges(counter) == [finest(one_stage())] * len(ratios)
+
+
+def test_a_shape_is_compiled_once(counter: Any) -> None:
+    model = transform(one_stage(), ratio=0.5)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    for _ in range(2):
+        for height, width, batch in ((16, 16, 2), (16, 24, 2), (16, 16, 3)):
+            arguments = inputs(model, height, width, batch=batch)
+            assert torch.equal(output(compiled, arguments), output(model, arguments))
+        assert_no_break_and(counter, 3)
+
+
+def test_dynamic_shapes_take_no_more_compiles_than_the_stock_model() -> None:
+    taken = {}
+    for name, model in (("stock", one_stage()), ("ours", transform(one_stage(), ratio=0.5))):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+        for height, width in ((32, 32), (32, 24), (17, 40), (16, 48)):
+            arguments = inputs(model, height, width)
+            assert torch.equal(output(compiled, arguments), output(model, arguments))
+        taken[name] = counter.frame_count
+    assert taken == {"stock": 2, "ours": 2}  # one for squares, one for the rest
+
+
+@pytest.mark.parametrize(
+    "build, extra",
+    [
+        (two_stages, {"encoder_attention_mask": mask()}),
+        (gligen, {"cross_attention_kwargs": {"gligen": objects()}}),
+    ],
+    ids=["mask", "gligen"],
+)
+def test_an_optional_input_that_is_first_met_while_compiling_leaves_merging_in_place(
+    build: Callable[[], Any], extra: dict[str, Any], counter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(specialize, "_classes", {})  # so that no graph for it is known from another test
+    model, reference = transform(build(), ratio=0.5, use_rand=False), hooked(build())
+    plain = inputs(model)
+    assert all(len(block.graphs) == 1 for block in blocks(model).values())
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for arguments in ({**plain, **extra}, plain, {**plain, **extra}, plain):
+        assert torch.equal(output(compiled, arguments), output(reference, arguments))
+    assert_no_break_and(counter, 2)
+    assert merges(counter) == [finest(model)] * 2
+    assert all(len(block.graphs) == 2 for block in blocks(model).values())
+
+
+# ------------------------------------------------------------------------------------------------ block by block
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["defaults", "everything"])
+@pytest.mark.parametrize("build, stock", [(sd15, 3), (sd21, 3), (sdxl, 2)])
+def test_regional_compile_takes_no_more_compiles_than_the_stock_model(
+    build: Callable[[], Any], stock: int, options: dict[str, Any]
+) -> None:
+    taken = []
+    changes: tuple[Callable[[Any], Any], ...] = (copy.deepcopy, lambda model: transform(model, ratio=0.5, **options))
+    for change in changes:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        model, eager = change(build()), change(build())
+        model.compile_repeated_blocks(fullgraph=True, backend=counter)
+        for seed in range(2):
+            arguments = inputs(model, seed=seed)
+            assert torch.equal(output(model, arguments), output(eager, arguments))
+        taken.append(counter.frame_count)
+    assert taken == [stock, stock]
+
+
+def test_regional_compile_serves_more_ratios_than_dynamo_would_recompile_for(counter: Any) -> None:
+    limit = torch._dynamo.config.recompile_limit
+    for i in range(limit + 2):
+        model = transform(two_stages(), ratio=0.05 * (i + 1))
+        model.compile_repeated_blocks(fullgraph=True, backend=counter)
+        output(model, inputs(model, 16, 16))
+    assert counter.frame_count == 2 * (limit + 2)  # a merged and an unmerged level
+    assert merges(counter).count(1) == limit + 2
+
+
+# ------------------------------------------------------------------------------------------------ other ways through
+
+
+@pytest.mark.parametrize("build", [two_stages, sdxl])
+def test_export_takes_the_model_and_gives_what_eager_gives(build: Callable[[], Any]) -> None:
+    model = transform(build(), ratio=0.5)
+    arguments = inputs(model)
+    expected = output(model, arguments)
+    sample = arguments.pop("sample")
+    exported = torch.export.export(model, (sample,), {"return_dict": False, **arguments})
+    bags = [node for node in exported.graph.nodes if "embedding_bag" in str(node.target)]
+    assert len(bags) == finest(model)
+    assert torch.equal(output(exported.module(), {"sample": sample, **arguments}), expected)
+
+
+@pytest.mark.parametrize("options", [{"seed": 5}, {"seed": 5, **EVERYTHING}], ids=["defaults", "everything"])
+def test_random_destinations_are_the_same_when_compiled(options: dict[str, Any]) -> None:
+    model = transform(two_stages(), ratio=0.5, **options)
+    arguments = inputs(model)
+    compiled = output(torch.compile(model, backend="aot_eager", fullgraph=True), arguments)
+    assert relative_error(compiled, output(model, arguments)) < 1e-5
+    assert relative_error(compiled, output(transform(two_stages(), ratio=0.5, use_rand=False), arguments)) > 1e-3
+
+
+def test_a_compiled_training_step_has_the_gradients_of_an_eager_one() -> None:
+    gradients = []
+    model = transform(two_stages(), ratio=0.5)
+    arguments = inputs(model, 16, 16)
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        found = torch.autograd.grad(run(**arguments).sample.square().mean(), list(model.parameters()))
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+    eager, compiled = gradients
+    assert relative_error(compiled, eager) < 1e-5
+
+
+def test_inductor_gives_what_eager_gives_and_calls_one_bag_per_merge() -> None:
+    model = transform(one_stage(), ratio=0.5, merge_crossattn=True)
+    arguments = inputs(model, 16, 16)
+    with fresh_cache(), torch.no_grad():
+        result, (code,) = run_and_get_code(torch.compile(model, fullgraph=True), **arguments)
+    assert relative_error(result.sample, output(model, arguments)) < 1e-5
+    statements = [line for line in code.splitlines() if not line.lstrip().startswith("#")]
+    called = Counter(re.findall(r"\baten\.(\w+)[.\w]*\(", "\n".join(statements)))
+    sites = len(blocks(model))
+    assert called["_embedding_bag_forward_only"] == 2 * sites
+    assert called.keys() <= {
+        "_embedding_bag_forward_only",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "searchsorted",
+        "sort",
+    }  # so no scatter, index_put or nonzero
+
+
+def test_neither_import_nor_transform_changes_a_setting_of_the_compiler() -> None:
+    configs = (torch._dynamo.config, torch._inductor.config, torch._functorch.config)
+    before = [config.get_config_copy() for config in configs]
+    precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    model = transform(two_stages(), ratio=0.5)
+    output(torch.compile(model, backend="eager", fullgraph=True), inputs(model, 16, 16))
+    assert [config.get_config_copy() for config in configs] == before
+    assert (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()) == precision

@@ -1,0 +1,474 @@
+"""The contract of `tome_fx.ops`.
+
+`match` merges the `int(N * ratio)` sources most similar to a destination into it, `merge` is the mean of each slot
+and `unmerge` a copy of it: what plain loops over Python floats give. A slot map uses each of its K slots, whatever
+the tokens hold. Dtypes are kept, gradients are right, nothing is random, two runs agree bit for bit, and no shape
+depends on data, so that every compiler takes the operations whole.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tome_fx import ops, plan
+
+Grid = tuple[int, int, int, int]  # height, width, sx, sy
+GRIDS: list[Grid] = [(4, 4, 2, 2), (7, 9, 2, 2), (5, 3, 2, 2), (8, 8, 4, 4), (9, 6, 4, 4), (6, 7, 2, 3), (3, 8, 1, 2)]
+SEEDS = [None, 0, 12345, 2**32 - 1]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is False"),
+]
+if torch.cuda.is_available():  # cuBLAS reads this once, at its first call, and is deterministic with it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+
+# Sums of floats in no fixed order, shapes that depend on data, and draws from a generator: none may be traced.
+FORBIDDEN = {
+    *("nonzero", "nonzero_static", "masked_select", "masked_scatter", "unique_dim", "unique_consecutive", "_unique2"),
+    *("bincount", "histc", "repeat_interleave", "_local_scalar_dense", "scatter_add", "scatter_reduce", "index_add"),
+    *("index_put", "rand", "rand_like", "randn", "randn_like", "randint", "randperm", "bernoulli", "multinomial"),
+}
+
+
+@pytest.fixture(params=[False, True], ids=["", "torch refuses what is not deterministic"])
+def deterministic_algorithms(request: pytest.FixtureRequest) -> Iterator[None]:
+    """`torch.use_deterministic_algorithms` off and on, for one test."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(request.param)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled before or after the test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def random_tokens(
+    count: int, channels: int = 6, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, count, channels, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def matched(tokens: Tensor, grid: Grid, ratio: float, seed: int | None = None) -> Tensor:
+    height, width, sx, sy = grid
+    slot = ops.match(tokens, height, width, ratio=ratio, sx=sx, sy=sy, seed=seed)
+    assert slot is not None, "nothing is merged"
+    return slot
+
+
+def round_trip(tokens: Tensor, grid: Grid, ratio: float, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    slot = matched(tokens, grid, ratio, seed)
+    merged = ops.merge(tokens, slot, ratio)
+    return slot, merged, ops.unmerge(merged, slot)
+
+
+# The reference: plain loops, in float64.
+
+
+def naive_destinations(grid: Grid, seed: int | None) -> list[int]:
+    height, width, sx, sy = grid
+    found: list[int] = []
+    for row in range(height // sy):
+        for column in range(width // sx):
+            place = 0 if seed is None else plan.scramble(len(found) + seed) % (sx * sy)
+            found.append((row * sy + place // sx) * width + column * sx + place % sx)
+    return found
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    length = math.sqrt(sum(v * v for v in a)) * math.sqrt(sum(v * v for v in b))
+    return sum(v * w for v, w in zip(a, b, strict=True)) / length if length else 0.0
+
+
+def naive_slots(tokens: list[list[float]], grid: Grid, ratio: float, seed: int | None) -> dict[int, int]:
+    """The cell that each destination and each merged source belongs to; sources that stay alone are left out."""
+    destinations = naive_destinations(grid, seed)
+    best = {}
+    for source in range(len(tokens)):
+        if source not in destinations:
+            scores = [cosine(tokens[source], tokens[destination]) for destination in destinations]
+            best[source] = max(scores), scores.index(max(scores))
+    closest = sorted(best, key=lambda source: best[source][0], reverse=True)
+    slots = {destination: cell for cell, destination in enumerate(destinations)}
+    return slots | {source: best[source][1] for source in closest[: int(len(tokens) * ratio)]}
+
+
+def naive_merge(tokens: list[list[float]], slot: list[int], kept: int) -> list[list[float]]:
+    groups = [[token for token, place in zip(tokens, slot, strict=True) if place == k] for k in range(kept)]
+    return [[math.fsum(column) / len(group) for column in zip(*group, strict=True)] for group in groups]
+
+
+def assert_slot_map(slot: Tensor, count: int, ratio: float, batch: int) -> int:
+    """Every slot of K is used and no other, in each image; returns K."""
+    kept = count - int(count * ratio)
+    assert (slot.dtype, slot.shape) == (torch.int64, (batch, count))
+    for places in slot.tolist():
+        assert set(places) == set(range(kept))
+    return kept
+
+
+def assert_matches_naive(tokens: Tensor, grid: Grid, ratio: float, seed: int | None) -> None:
+    slot, merged, restored = round_trip(tokens, grid, ratio, seed)
+    kept = assert_slot_map(slot, tokens.shape[1], ratio, tokens.shape[0])
+    for image, places, means, spread in zip(tokens.tolist(), slot.tolist(), merged, restored, strict=True):
+        expected = naive_slots(image, grid, ratio, seed)
+        assert {token: places[token] for token in expected} == expected
+        reference = torch.tensor(naive_merge(image, places, kept), dtype=tokens.dtype, device=tokens.device)
+        torch.testing.assert_close(means, reference, rtol=1e-12, atol=1e-12)
+        assert torch.equal(spread, means[places])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_match_merge_and_unmerge_are_what_plain_loops_give(grid: Grid, seed: int | None, device: str) -> None:
+    height, width, sx, sy = grid
+    tokens = random_tokens(height * width).to(device)
+    for ratio in (0.1, 0.3, 0.5, 1 - 1 / (sx * sy)):
+        if ratio <= 1 - 1 / (sx * sy):
+            assert_matches_naive(tokens, grid, ratio, seed)
+
+
+def test_a_token_of_length_zero_is_similar_to_nothing() -> None:
+    tokens = random_tokens(63)
+    tokens[:, 1] = 0  # a source
+    tokens[:, 4] = 0  # a destination
+    for ratio in (0.1, 0.5, 0.75):
+        assert_matches_naive(tokens, (7, 9, 2, 2), ratio, None)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_destinations_first_is_a_permutation_that_begins_with_one_token_of_each_cell(
+    grid: Grid, seed: int | None
+) -> None:
+    height, width, sx, sy = grid
+    order = ops.destinations_first(*grid, seed, torch.device("cpu")).tolist()
+    cells = (height // sy) * (width // sx)
+    assert sorted(order) == list(range(height * width))
+    assert order[:cells] == naive_destinations(grid, seed)
+    inner: list[int] = []
+    beside: list[int] = []
+    below: list[int] = []
+    for token in sorted(set(order) - set(order[:cells])):
+        y, x = divmod(token, width)
+        (below if y >= height // sy * sy else beside if x >= width // sx * sx else inner).append(token)
+    assert set(order[cells : cells * sx * sy]) == set(inner)
+    assert order[cells * sx * sy :] == beside + below
+
+
+def test_another_seed_is_another_choice_of_destinations() -> None:
+    orders = {tuple(ops.destinations_first(8, 8, 2, 2, seed, torch.device("cpu")).tolist()) for seed in SEEDS}
+    assert len(orders) == len(SEEDS)
+
+
+# Properties, over grids and tokens that nobody chose.
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, Grid, float, int | None]:
+    """Tokens with duplicates, all equal at the extreme, on any grid; some are zero."""
+    height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    sx, sy = draw(st.sampled_from([(2, 2), (1, 2), (2, 1), (3, 2), (2, 3), (4, 4)]))
+    ratio = draw(st.floats(0, 1)) * (1 - 1 / (sx * sy))
+    distinct = draw(st.integers(1, height * width))
+    palette = random_tokens(distinct, channels=draw(st.integers(1, 5)), dtype=torch.float32)[0]
+    palette[: draw(st.integers(0, 2))] = 0
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    pick = torch.randint(distinct, (draw(st.integers(1, 3)), height * width), generator=generator)
+    return palette[pick], (height, width, sx, sy), ratio, draw(st.none() | st.integers(0, 2**32 - 1))
+
+
+Case = tuple[Tensor, Grid, float, int | None]
+many = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@many
+@given(cases())
+def test_a_merge_keeps_k_tokens_unmerged_ones_exactly_and_ties_and_zeros_are_harmless(case: Case) -> None:
+    tokens, grid, ratio, seed = case
+    height, width, sx, sy = grid
+    batch, count, channels = tokens.shape
+    slot = ops.match(tokens, height, width, ratio=ratio, sx=sx, sy=sy, seed=seed)
+    if int(count * ratio) == 0 or height < sy or width < sx:
+        assert slot is None
+        assert ops.merge(tokens, slot, ratio) is tokens
+        assert ops.unmerge(tokens, slot) is tokens
+        return
+    assert slot is not None
+    kept = assert_slot_map(slot, count, ratio, batch)
+    merged = ops.merge(tokens, slot, ratio)
+    restored = ops.unmerge(merged, slot)
+    assert (merged.shape, restored.shape) == ((batch, kept, channels), tokens.shape)
+    assert merged.isfinite().all()
+    for image, result, places in zip(tokens, restored, slot.tolist(), strict=True):
+        for token, place in enumerate(places):
+            group = image[[other == place for other in places]]
+            if len(group) == 1:
+                assert torch.equal(result[token], image[token]), "a token that stayed alone has changed"
+            slack = len(group) * torch.finfo(tokens.dtype).eps * group.abs().sum(0) / len(group)
+            assert ((result[token] - group.double().mean(0)).abs() <= slack).all()
+
+
+@many
+@given(cases(), st.integers(-8, 8))
+def test_a_constant_image_is_left_exactly_as_it_is(case: Case, value: int) -> None:
+    tokens, (height, width, sx, sy), ratio, seed = case
+    constant = torch.full_like(tokens, value)
+    slot = ops.match(constant, height, width, ratio=ratio, sx=sx, sy=sy, seed=seed)
+    assert torch.equal(ops.unmerge(ops.merge(constant, slot, ratio), slot), constant)
+
+
+@many
+@given(cases(), st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(1, 81))
+def test_a_token_that_is_not_finite_leaves_the_slot_map_whole_and_spoils_its_slot_alone(
+    case: Case, value: float, number: int
+) -> None:
+    tokens, (height, width, sx, sy), ratio, seed = case
+    tokens[0, :number] = value
+    slot = ops.match(tokens, height, width, ratio=ratio, sx=sx, sy=sy, seed=seed)
+    if slot is None:
+        return
+    kept = assert_slot_map(slot, tokens.shape[1], ratio, tokens.shape[0])
+    merged = ops.merge(tokens, slot, ratio)
+    for image, means, places in zip(tokens, merged, slot.tolist(), strict=True):
+        for place in range(kept):
+            group = image[[other == place for other in places]]
+            assert means[place].isfinite().all() == group.isfinite().all()
+
+
+@pytest.mark.parametrize("ratio", [0, 0.0, 0.06])
+def test_a_ratio_too_small_for_one_token_matches_nothing(ratio: float) -> None:
+    assert ops.match(random_tokens(16), 4, 4, ratio=ratio, sx=2, sy=2, seed=None) is None
+
+
+# Dtypes.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_match_does_not_depend_on_how_long_the_tokens_are(dtype: torch.dtype) -> None:
+    """At 6e4 a sum of squares is far beyond float16, and a similarity of NaN would merge whatever comes first."""
+    tokens = random_tokens(63, dtype=torch.float64)
+    tokens = (tokens / tokens.abs().max() * 6e4).to(dtype)
+    assert tokens.isfinite().all()
+    assert tokens.abs().max() > 5.9e4
+    slot = matched(tokens, (7, 9, 2, 2), 0.5)
+    assert_slot_map(slot, 63, 0.5, 2)
+    assert torch.equal(slot, matched(tokens * 2.0**-8, (7, 9, 2, 2), 0.5))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_merge_keeps_the_dtype_and_errs_at_most_twice_as_much_as_a_sum_in_it(dtype: torch.dtype, device: str) -> None:
+    for seed in range(4):
+        tokens = random_tokens(63, seed=seed, dtype=dtype)
+        slot, merged, restored = round_trip(tokens.to(device), (7, 9, 2, 2), 0.6, seed)
+        assert merged.dtype == restored.dtype == dtype
+        kept = merged.shape[1]
+        exact = torch.tensor(
+            [naive_merge(i, s, kept) for i, s in zip(tokens.tolist(), slot.tolist(), strict=True)], dtype=torch.float64
+        )
+        plain = torch.zeros(2, kept, 6, dtype=dtype)
+        for b, places in enumerate(slot.tolist()):
+            for token, place in enumerate(places):
+                plain[b, place] += tokens[b, token]
+            plain[b] /= torch.tensor([places.count(k) for k in range(kept)], dtype=dtype)[:, None]
+        error = (merged.cpu().double() - exact).abs().max()
+        assert error <= 2 * (plain.double() - exact).abs().max()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_match_chooses_as_well_as_scores_in_that_dtype_can(dtype: torch.dtype, device: str) -> None:
+    """Whoever chooses by scores that are off by at most e picks one at most 2 e worse than the best."""
+    grid = (7, 9, 2, 2)
+    cells = naive_destinations(grid, 5)
+    for seed in range(4):
+        tokens = random_tokens(63, channels=16, seed=seed, dtype=dtype)
+        unit = nn.functional.normalize(tokens.double(), dim=-1)
+        low = tokens / tokens.norm(dim=-1, keepdim=True)  # tomesd's way, in this dtype
+        scores = unit @ unit[:, cells].mT
+        slack = 2 * ((low @ low[:, cells].mT).double() - scores).abs().max()
+        slot = matched(tokens.to(device), grid, 0.5, 5).cpu()
+        for image, places in zip(scores, slot.tolist(), strict=True):
+            sources = [token for token in range(63) if token not in cells]
+            joined = [token for token in sources if places[token] < len(cells)]
+            assert len(joined) == 31
+            for token in joined:
+                assert image[token, places[token]] >= image[token].max() - slack
+            alone = image[sorted(set(sources) - set(joined))].max(-1).values
+            assert image[joined].max(-1).values.min() >= alone.max() - slack
+
+
+def test_a_mean_is_finite_where_the_sum_does_not_fit_in_the_dtype() -> None:
+    tokens = torch.full((1, 4, 8), 6e4, dtype=torch.float16)
+    assert torch.equal(ops.merge(tokens, matched(tokens, (2, 2, 2, 2), 0.75), 0.75), tokens[:, :1])
+
+
+def test_float64_tokens_are_compared_in_float64() -> None:
+    """Two cells of a 2 x 4 grid, whose destinations differ by less than float32 can tell."""
+    angles = torch.tensor([[0.1 + 1e-10, 0, 0.1, 0, 0, 0, 0, 0]], dtype=torch.float64)
+    slot = matched(torch.stack([angles.cos(), angles.sin()], dim=-1), (2, 4, 2, 2), 0.75)
+    assert slot.tolist() == [[0, 1, 1, 1, 1, 1, 1, 1]]
+
+
+# What is run: one gather, gradients, no chance.
+
+
+class Recorder(TorchDispatchMode):
+    """The names of the aten operations that run, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_unmerge_is_one_gather() -> None:
+    tokens = random_tokens(63)
+    slot, merged, _ = round_trip(tokens, (7, 9, 2, 2), 0.5, 3)
+    with Recorder() as recorder:
+        ops.unmerge(merged, slot)
+    assert recorder.names == ["gather"]
+
+
+def test_merge_and_unmerge_have_the_gradients_of_their_formulas() -> None:
+    tokens = random_tokens(12, channels=2).requires_grad_()
+    slot = matched(tokens, (3, 4, 2, 2), 0.5, 3)
+    assert not slot.requires_grad
+    merged = ops.merge(tokens, slot, 0.5)
+    assert torch.autograd.gradcheck(lambda x: ops.merge(x, slot, 0.5), (tokens,))
+    assert torch.autograd.gradcheck(lambda y: ops.unmerge(y, slot), (merged.detach().requires_grad_(),))
+
+
+def test_nothing_is_saved_for_a_backward_pass_through_the_match() -> None:
+    saved: list[Tensor] = []
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        matched(random_tokens(12).requires_grad_(), (3, 4, 2, 2), 0.5)
+    assert not saved
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("deterministic_algorithms")
+def test_two_runs_agree_bit_for_bit(dtype: torch.dtype, device: str) -> None:
+    """Slot map, merged tokens, restored tokens and gradient; large slots, so that an order of addition would show."""
+    tokens = random_tokens(24 * 20, channels=32, dtype=dtype).to(device)
+    tokens[:, 100:] = tokens[:, 99:100] + 1e-2 * tokens[:, 100:]
+    tokens.requires_grad_()
+    runs = []
+    for _ in range(2):
+        results = round_trip(tokens, (24, 20, 2, 2), 0.7, 1)
+        (gradient,) = torch.autograd.grad(results[-1].square().sum(), tokens)
+        runs.append([*results, gradient])
+    sizes = [places.count(place) for places in runs[0][0].tolist() for place in set(places)]
+    assert max(sizes) > 20
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_random_number_is_drawn(device: str) -> None:
+    tokens = random_tokens(64).to(device)
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if device == "cuda" else [])]
+    round_trip(tokens, (8, 8, 2, 2), 0.5, 3)
+    after = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if device == "cuda" else [])]
+    assert all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
+
+
+# Compilers.
+
+
+class Sites(nn.Module):
+    """Several merges in one function: other grids, other strides, other seeds."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return (
+            *round_trip(x, (7, 9, 2, 2), 0.4, 3),
+            *round_trip(x, (7, 9, 2, 2), 0.4, None),
+            *round_trip(y, (6, 8, 2, 3), 0.7, 2**32 - 1),
+        )
+
+
+def site_inputs() -> tuple[Tensor, Tensor]:
+    return random_tokens(63, dtype=torch.float32), random_tokens(48, seed=1, dtype=torch.float32)
+
+
+def assert_same_results(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """The same slot maps; merged tokens to rounding, as a compiler may sum in an order of its own."""
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-6 if e.is_floating_point() else 0)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # Inductor's own
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_slot_maps_are_the_eager_ones(backend: str) -> None:
+    compiled = torch.compile(Sites(), backend=backend, fullgraph=True)
+    assert_same_results(compiled(*site_inputs()), Sites()(*site_inputs()))
+
+
+def assert_static(graph: fx.Graph) -> None:
+    """No operation of a traced graph has a shape that depends on data, a draw, or a sum in no fixed order."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            name = node.target.overloadpacket.__name__.rstrip("_")
+            assert name not in FORBIDDEN, f"{name} is in the graph"
+            if name == "index":
+                for place in node.args[1]:
+                    assert place is None or place.meta["val"].dtype == torch.int64, "indexed with a mask"
+
+
+def test_no_shape_depends_on_data_when_traced_with_fake_tensors() -> None:
+    graph = make_fx(Sites(), tracing_mode="fake")(*site_inputs()).graph
+    assert_static(graph)
+    with FakeTensorMode() as mode:
+        fakes = Sites()(*(mode.from_tensor(tensor) for tensor in site_inputs()))
+    assert [fake.shape for fake in fakes] == [real.shape for real in Sites()(*site_inputs())]
+
+
+def test_torch_export_takes_the_operations_whole() -> None:
+    exported = torch.export.export(Sites(), site_inputs())
+    assert_static(exported.graph)
+    assert_same_results(exported.module()(*site_inputs()), Sites()(*site_inputs()))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x + torch.rand(2),
+        lambda x: x.scatter_reduce(0, torch.zeros(2, dtype=torch.int64), x, "mean"),
+    ],
+)
+def test_the_check_for_static_graphs_sees_what_it_is_for(function: Callable[[Tensor], Tensor]) -> None:
+    graph = make_fx(function)(torch.ones(2)).graph
+    with pytest.raises(AssertionError, match=r"is in the graph|indexed with a mask"):
+        assert_static(graph)

@@ -1,0 +1,238 @@
+"""The contract of `tome_fx.plan`.
+
+An option that is wrong, out of range or without effect is refused, in words that name it, what is allowed and what
+came. The arithmetic of the grid is that of a count by hand, `kept` rounds as tomesd does, and `scramble` is one
+well-mixed function of ints and int tensors alike.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+import tomesd.patch
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tome_fx.plan import DOWNSAMPLES, Grid, Plan, downsampled, kept, scramble
+
+WIDEST = 2**33 - 1  # what scramble is made for
+
+RATIO = "ratio must be between 0 and {}, the share of sources at a stride of {}; got {}"
+STRIDE = "{} must be at least 1 token, got {}"
+INTEGER = "{} must be an int, got {} of type {}"
+NUMBER = "ratio must be a number, got {} of type {}"
+SEED = "seed must be between 0 and 2**32 - 1, got {}"
+LEVEL = "max_downsample must be None or one of (1, 2, 4, 8), got {}"
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"ratio": -0.01}, ValueError, RATIO.format("0.75", "2 x 2", "-0.01")),
+    ({"ratio": math.nextafter(0.75, 1)}, ValueError, RATIO.format("0.75", "2 x 2", "0.7500000000000001")),
+    ({"ratio": 0.9, "sx": 3}, ValueError, RATIO.format("0.8333", "3 x 2", "0.9")),
+    ({"ratio": 0.6, "sx": 1}, ValueError, RATIO.format("0.5", "1 x 2", "0.6")),
+    ({"ratio": 1}, ValueError, RATIO.format("0.75", "2 x 2", "1")),
+    ({"ratio": math.nan}, ValueError, RATIO.format("0.75", "2 x 2", "nan")),
+    ({"ratio": math.inf}, ValueError, RATIO.format("0.75", "2 x 2", "inf")),
+    ({"ratio": -math.inf}, ValueError, RATIO.format("0.75", "2 x 2", "-inf")),
+    ({"ratio": True}, TypeError, NUMBER.format("True", "bool")),
+    ({"ratio": "0.5"}, TypeError, NUMBER.format("'0.5'", "str")),
+    ({"ratio": None}, TypeError, NUMBER.format("None", "NoneType")),
+    *(
+        case
+        for name in ("sx", "sy")
+        for case in (
+            ({name: 0}, ValueError, STRIDE.format(name, 0)),
+            ({name: -2}, ValueError, STRIDE.format(name, -2)),
+            ({name: 2.0}, TypeError, INTEGER.format(name, "2.0", "float")),
+            ({name: True}, TypeError, INTEGER.format(name, "True", "bool")),
+        )
+    ),
+    ({"sx": 1, "sy": 1}, ValueError, "sx and sy of 1 x 1 leave no source to merge: one of them must be at least 2"),
+    ({"max_downsample": 3}, ValueError, LEVEL.format(3)),
+    ({"max_downsample": 0}, ValueError, LEVEL.format(0)),
+    ({"max_downsample": 16}, ValueError, LEVEL.format(16)),
+    ({"max_downsample": True}, TypeError, INTEGER.format("max_downsample", "True", "bool")),
+    ({"max_downsample": 2.0}, TypeError, INTEGER.format("max_downsample", "2.0", "float")),
+    ({"seed": -1}, ValueError, SEED.format(-1)),
+    ({"seed": 2**32}, ValueError, SEED.format(2**32)),
+    ({"seed": 1.0}, TypeError, INTEGER.format("seed", "1.0", "float")),
+    ({"seed": True}, TypeError, INTEGER.format("seed", "True", "bool")),
+    ({"seed": 7, "use_rand": False}, ValueError, "seed=7 does nothing with use_rand=False; leave it at 0"),
+    *(
+        ({name: value}, TypeError, f"{name} must be True or False, got {value!r}")
+        for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp")
+        for value in (1, None, "yes")
+    ),
+    (
+        {"merge_attn": False},
+        ValueError,
+        "nothing to merge: at least one of merge_attn, merge_crossattn, merge_mlp must be True",
+    ),
+]
+
+
+@pytest.mark.parametrize("options, error, message", REFUSED, ids=[str(case[0]) for case in REFUSED])
+def test_a_wrong_option_is_refused_in_words_that_name_it_what_is_allowed_and_what_came(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        Plan(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ratio": 0},
+        {"ratio": 0.75},
+        {"ratio": 1 - 1 / 6, "sx": 3},
+        {"ratio": 0.5, "sx": 1, "sy": 2},
+        {"seed": 2**32 - 1},
+        {"use_rand": False, "seed": 0},
+        {"merge_attn": False, "merge_mlp": True},
+        *({"max_downsample": level} for level in DOWNSAMPLES),
+    ],
+    ids=str,
+)
+def test_the_ends_of_every_range_are_allowed(options: dict[str, Any]) -> None:
+    made = Plan(**options)
+    assert dataclasses.asdict(made) == dataclasses.asdict(Plan()) | options
+
+
+def test_a_plan_is_frozen_and_equal_plans_serve_as_one_key() -> None:
+    made = Plan(ratio=0.25, seed=3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.ratio = 0.5  # type: ignore[misc]
+    assert len({made, Plan(ratio=0.25, seed=3), Plan(ratio=0.25, seed=4)}) == 2
+
+
+@pytest.mark.parametrize(
+    "options, scopes",
+    [
+        ({}, ("attn1",)),
+        ({"merge_crossattn": True}, ("attn1", "attn2")),
+        ({"merge_attn": False, "merge_mlp": True}, ("ff",)),
+        ({"merge_mlp": True, "merge_crossattn": True}, ("attn1", "attn2", "ff")),
+    ],
+)
+def test_scopes_are_the_modules_merged_around_in_the_order_they_run(
+    options: dict[str, Any], scopes: tuple[str, ...]
+) -> None:
+    assert Plan(**options).scopes == scopes
+
+
+@settings(deadline=None)
+@given(*[st.integers(1, 24)] * 2, *[st.integers(1, 5)] * 2, st.floats(0, 1))
+@example(3, 9, 4, 2, 0.5)  # lower than a cell
+def test_the_grid_counts_what_a_count_by_hand_counts(height: int, width: int, sx: int, sy: int, share: float) -> None:
+    ratio = share * (1 - 1 / (sx * sy))
+    grid = Grid(height, width, sx, sy, ratio)
+    tokens = [(y, x) for y in range(height) for x in range(width)]
+    cells = [(y, x) for y, x in tokens if y % sy == x % sx == 0 and y + sy <= height and x + sx <= width]
+    merged = 0
+    while cells and merged + 1 <= len(tokens) * ratio:
+        merged += 1
+    assert (grid.tokens, grid.cells) == (len(tokens), len(cells))
+    assert (grid.kept, grid.merged) == (len(tokens) - merged, merged)
+    assert grid.merged <= grid.tokens - grid.cells, "more tokens are removed than there are sources"
+    assert grid.match_flops(7) == (2 * 7 * len(cells) * (len(tokens) - len(cells)) if merged else 0)
+    assert bool(grid.note) == (grid.merged == 0)
+
+
+@pytest.mark.parametrize(
+    "grid, note",
+    [
+        (Grid(1, 8, 2, 2, 0.5), "no whole 2 x 2 cell"),
+        (Grid(8, 3, 4, 2, 0.5), "no whole 4 x 2 cell"),
+        (Grid(2, 4, 2, 2, 0.1), "no whole token at ratio 0.1"),
+        (Grid(2, 4, 2, 2, 0.5), ""),
+    ],
+)
+def test_a_grid_says_why_nothing_is_merged(grid: Grid, note: str) -> None:
+    assert grid.note == note
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.5, 0.7, 0.75])
+@pytest.mark.parametrize("height, width", [(2, 2), (4, 6), (7, 9), (16, 12), (5, 2)])
+def test_kept_rounds_as_tomesd_rounds(height: int, width: int, ratio: float) -> None:
+    options = {"max_downsample": 1, "ratio": ratio, "sx": 2, "sy": 2, "use_rand": False, "generator": None}
+    scopes = {"merge_attn": True, "merge_crossattn": False, "merge_mlp": False}
+    tokens = torch.arange(1.0, height * width + 1).view(1, -1, 1)
+    merge, *_ = tomesd.patch.compute_merge(tokens, {"size": (height, width), "args": options | scopes})
+    assert kept(height * width, ratio) == merge(tokens).shape[1]
+
+
+@pytest.mark.parametrize("factor", DOWNSAMPLES)
+def test_the_side_of_a_level_is_that_of_stride_two_convolutions(factor: int) -> None:
+    for size in range(1, 40):
+        side = size
+        for _ in range(factor.bit_length() - 1):
+            side = (side + 2 * 1 - 3) // 2 + 1  # kernel 3, padding 1
+        assert downsampled(size, factor) == side
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, WIDEST), min_size=1))
+@example([0, 1, 2**16, 2**31, 2**32 - 1, 2**32, WIDEST])
+def test_scramble_is_the_same_for_ints_and_for_int64_tensors(values: list[int]) -> None:
+    hashes = [scramble(value) for value in values]
+    assert scramble(torch.tensor(values)).tolist() == hashes
+    assert all(0 <= value < 2**32 for value in hashes)
+
+
+class Watched(int):
+    """An int whose products are no wider than scramble says."""
+
+    def __rshift__(self, by: int) -> "Watched":
+        return Watched(int(self) >> by)
+
+    def __xor__(self, other: int) -> "Watched":
+        return Watched(int(self) ^ other)
+
+    def __and__(self, other: int) -> "Watched":
+        return Watched(int(self) & other)
+
+    def __mul__(self, other: int) -> "Watched":
+        assert int(self) * other < 2**60
+        return Watched(int(self) * other)
+
+
+@given(st.integers(0, WIDEST))
+@example(WIDEST)
+@example(0x1FFFE0000)  # x ^ x >> 16 is all ones
+def test_no_product_in_scramble_overflows(value: int) -> None:
+    assert scramble(Watched(value)) == scramble(value)
+
+
+@pytest.mark.parametrize("places", [4, 6])
+@pytest.mark.parametrize("site", [0, 1, 15])
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
+def test_destinations_are_spread_evenly_over_the_places_of_a_cell(places: int, site: int, seed: int) -> None:
+    cells = 4096
+    first = Plan(seed=seed).site_seed(site)
+    assert first is not None
+    counts = Counter(scramble(cell + first) % places for cell in range(cells))
+    deviation = math.sqrt(cells * (places - 1)) / places  # of a fair die's count
+    assert all(abs(counts[place] - cells / places) < 4 * deviation for place in range(places)), counts
+
+
+def test_every_site_and_every_seed_has_destinations_of_its_own() -> None:
+    seeds = [Plan(seed=seed).site_seed(site) for seed in (0, 1, 2, 2**32 - 1) for site in range(22)]
+    cells = torch.arange(1024)
+    patterns = torch.stack([scramble(cells + torch.tensor(seed)) % 4 for seed in seeds])
+    agreement = (patterns[:, None] == patterns).double().mean(-1).fill_diagonal_(0)
+    assert agreement.max() < 0.25 + 5 * math.sqrt(0.25 * 0.75 / len(cells)), "two sites share a pattern"
+
+
+def test_a_site_seed_is_a_pure_function_that_leaves_room_for_the_cells() -> None:
+    for seed in (0, 7, 2**32 - 1):
+        seeds = [Plan(seed=seed).site_seed(site) for site in range(64)]
+        assert seeds == [Plan(seed=seed).site_seed(site) for site in range(64)]
+        assert all(value is not None and 0 <= value < 2**32 for value in seeds)
+
+
+def test_there_is_no_site_seed_without_randomness() -> None:
+    assert Plan(use_rand=False).site_seed(3) is None
