@@ -347,21 +347,13 @@ def fewer_children() -> nn.Module:
     return module
 
 
-def doubling() -> nn.Module:
-    module = Branches()
-    module.twice = True
-    return module
-
-
 def without_a_child() -> nn.Module:
     module = Branches()
     module.register_module("extra", None)
     return module
 
 
-@pytest.mark.parametrize(
-    "other", [Branches, lambda: Branches(width=8), doubling], ids=["weights", "width", "live value"]
-)
+@pytest.mark.parametrize("other", [Branches, lambda: Branches(width=8)], ids=["weights", "width"])
 def test_modules_of_equal_structure_share_a_class_and_its_code(other: Callable[[], nn.Module]) -> None:
     first, second = (specialize(m, nothing, example=TOKENS, live=("twice",)) for m in (Branches(), other()))
     assert first is second
@@ -491,3 +483,33 @@ def test_threads_that_specialize_equal_modules_at_once_get_one_class() -> None:
         rewrite = functools.partial(nothing)  # a pass of its own, so a class of its own
         classes = at_once([functools.partial(specialize, Branches(), rewrite, example=TOKENS) for _ in range(4)])
         assert len(set(classes)) == 1
+
+
+class Scaled(nn.Module):
+    def __init__(self, by: int) -> None:
+        super().__init__()
+        self.by = by
+        self.lists = nn.ModuleList()
+
+    def forward(self, x: Tensor, bias: float = 1.0) -> Tensor:
+        for child in self.lists:
+            x = child(x)
+        return x * self.by + bias
+
+
+def test_numbers_that_forward_reads_tell_modules_apart() -> None:
+    x = torch.ones(1, 2, 3)
+    for by in (2, 3):
+        module: nn.Module = Scaled(by)
+        module.__class__ = specialize(module, nothing, example={"x": "3d"})
+        assert torch.equal(module(x), x * by + 1)
+        assert torch.equal(module(x, bias=0.5), x * by + 0.5)
+
+
+def test_what_cannot_be_traced_is_named_with_the_call() -> None:
+    class Asking(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(TransformError, match=r"could not trace Asking.forward for a call of x: 3d: "):
+        specialize(Asking(), nothing, example={"x": "3d"})

@@ -112,7 +112,7 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
             model.get_submodule(site.path),
             MergePass(plan.ratio, plan.scopes),
             example={"hidden_states": "3d", "encoder_hidden_states": "3d"},
-            live=("_chunk_size", "_chunk_dim"),
+            live=("training", "_chunk_size", "_chunk_dim"),
             leaves=("_chunked_feed_forward",),
         )
         for site in sites
@@ -123,7 +123,7 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
             model.get_submodule(path),
             MatchPass(plan, tuple(seeds.items())),
             example={"hidden_states": "4d", "encoder_hidden_states": "3d", "return_dict": False},
-            live=("gradient_checkpointing",),
+            live=("training", "gradient_checkpointing"),
             leaves=("_gradient_checkpointing_func",),
         )
     return classes

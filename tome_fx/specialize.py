@@ -9,7 +9,8 @@ Under torch.compile the pick happens while dynamo traces. A signature is made of
 
 NOTE [One class per distinct graph]
 Dynamo keeps compiled code per code object. Modules that differ in weights and widths alone share a class and so
-their code; modules rewritten with other options get another, so that they do not fill one another's cache.
+their code; modules rewritten with other options get another, so that they do not fill one another's cache. A class
+stays for the life of the process: transforming anew with options had before compiles nothing.
 """
 
 import linecache
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from tome_fx.plan import TransformError
 from tome_fx.trace import Template, kind
 
 Pass = Callable[[fx.Graph], int]
@@ -53,41 +55,55 @@ def specialize(
         TransformError: From the pass, where it cannot serve the example.
     """
     template = Template(module, live, leaves)
-    key = (template.key, rewrite)
+    kinds = tuple(example.get(p.name, kind(p.default)) for p in template.parameters)
+    flags = tuple(template.attributes[name] for name in live)
+    graph = _rewritten(template, rewrite, kinds, flags)
+    key = (template.key, rewrite, graph.python_code("self").src)
     with _lock:
         if key not in _classes:
             base = template.base
             cls: Any = type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__})
             cls.__qualname__ = base.__qualname__
             cls.rewrite = staticmethod(rewrite)
-            cls.graphs = {}
+            cls.graph, cls.graphs = graph, {}
             cls._template = template
-            _variant(
-                cls,
-                tuple(example.get(p.name, p.default) for p in template.parameters),
-                tuple(template.attributes[name] for name in live),
-            )
-            cls.graph = next(iter(cls.graphs.values()))
+            _add(cls, (kinds, flags), graph)
             cls.forward = _dispatcher(cls)
             _classes[key] = cls
         return _classes[key]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _variant(cls: Any, signature: tuple[Hashable, ...], flags: tuple[Hashable, ...]) -> str:
+def _variant(cls: Any, kinds: tuple[Hashable, ...], flags: tuple[Hashable, ...]) -> str:
     """The name of the method that serves this kind of call; see NOTE [One graph per call signature]."""
     with _lock:
-        kinds = list(cls.graphs)
-        if (signature, flags) not in kinds:
-            graph = cls._template.trace(signature, flags)
-            cls.rewrite(graph)
-            graph.lint()
-            kinds.append((signature, flags))
-            code = graph.python_code("self")
-            name = f"forward_{len(cls.graphs)}"
-            setattr(cls, name, _function(code.src, code.globals, f"{cls.__name__}.{name}"))
-            cls.graphs[signature, flags] = graph
-        return f"forward_{kinds.index((signature, flags))}"
+        if (kinds, flags) not in cls.graphs:
+            _add(cls, (kinds, flags), _rewritten(cls._template, cls.rewrite, kinds, flags))
+        return _method(list(cls.graphs).index((kinds, flags)))
+
+
+def _rewritten(template: Template, rewrite: Pass, kinds: tuple[Hashable, ...], flags: tuple[Hashable, ...]) -> fx.Graph:
+    try:
+        graph = template.trace(kinds, flags)
+    except Exception as error:
+        call = ", ".join(f"{p.name}: {k}" for p, k in zip(template.parameters, kinds, strict=True) if k is not None)
+        raise TransformError(
+            f"could not trace {template.base.__name__}.forward for a call of {call}: {error}"
+        ) from error
+    rewrite(graph)
+    graph.lint()
+    return graph
+
+
+def _add(cls: Any, signature: Hashable, graph: fx.Graph) -> None:
+    name = _method(len(cls.graphs))
+    code = graph.python_code("self")
+    setattr(cls, name, _function(code.src, code.globals, f"{cls.__name__}.{name}"))
+    cls.graphs[signature] = graph
+
+
+def _method(number: int) -> str:
+    return f"forward_{number}"
 
 
 def _dispatcher(cls: Any) -> types.FunctionType:
@@ -98,14 +114,16 @@ def _dispatcher(cls: Any) -> types.FunctionType:
     given = [parameter.name for parameter in cls._template.parameters]
     inputs = [node for node in cls.graph.nodes if node.op == "placeholder"]
     names = [node.target for node in inputs]
-    heads = [n.target if not n.args else f"{n.target}={n.args[0]!r}" for n in inputs]
+    heads = [node.target if not node.args else f"{node.target}=None" for node in inputs]
     source = (
         f"def forward(self, {', '.join(heads)}):\n"
-        f"    signature = ({''.join(f'kind({name}), ' for name in given)})\n"
+        f"    kinds = ({''.join(f'kind({name}), ' for name in given)})\n"
         f"    flags = ({''.join(f'self.{name}, ' for name in cls._template.live)})\n"
-        f"    return getattr(self, variant(owner, signature, flags))({', '.join(names)})\n"
+        f"    return getattr(self, variant(owner, kinds, flags))({', '.join(names)})\n"
     )
-    return _function(source, {"kind": kind, "variant": _variant, "owner": cls}, f"{cls.__name__}.forward")
+    forward = _function(source, {"kind": kind, "variant": _variant, "owner": cls}, f"{cls.__name__}.forward")
+    forward.__defaults__ = tuple(node.args[0] for node in inputs if node.args)
+    return forward
 
 
 def _function(source: str, names: dict[str, Any], title: str) -> types.FunctionType:

@@ -16,6 +16,8 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
+SINGLE = -1  # in the place of a list's length: a child that is no list
+
 
 def kind(value: Any) -> Hashable:
     """What a graph depends on in an argument: None and bools whole, the keys of a dict, the rank of a tensor."""
@@ -50,13 +52,13 @@ class Template:
         self.tensors = [name for name, _ in module.named_parameters(recurse=False)]
         self.tensors += [name for name, _ in module.named_buffers(recurse=False)]
         self.children = {
-            name: None if child is None else len(child) if isinstance(child, nn.ModuleList) else 0
+            name: None if child is None else len(child) if isinstance(child, nn.ModuleList) else SINGLE
             for name, child in module._modules.items()
         }
 
     @property
     def key(self) -> Hashable:
-        """Equal for modules whose traces are equal."""
+        """What a trace can depend on that is not a weight or a width."""
         flags = tuple((k, v) for k, v in self.attributes.items() if isinstance(v, (bool, str)) and k not in self.live)
         return self.base, self.live, self.leaves, flags, tuple(self.tensors), tuple(self.children.items())
 
@@ -143,7 +145,7 @@ class _Leaf:
 def _child(tracer: _Tracer, name: str, size: int | None) -> _Child | list[_Child] | None:
     if size is None:
         return None
-    return [_Child(tracer, f"{name}.{i}") for i in range(size)] if size else _Child(tracer, name)
+    return _Child(tracer, name) if size == SINGLE else [_Child(tracer, f"{name}.{i}") for i in range(size)]
 
 
 def _argument(tracer: _Tracer, node: fx.Node, what: Hashable) -> Any:
