@@ -7,6 +7,8 @@ No limit of dynamo's is raised for it.
 
 import copy
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -183,7 +185,7 @@ def test_an_optional_input_that_is_first_met_while_compiling_leaves_merging_in_p
 # ------------------------------------------------------------------------------------------------ block by block
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["defaults", "everything"])
+@pytest.mark.parametrize("options", [{}, {"max_downsample": 2}, EVERYTHING], ids=["defaults", "two", "everything"])
 @pytest.mark.parametrize("build, stock", [(sd15, 3), (sd21, 3), (sdxl, 2)])
 def test_regional_compile_takes_no_more_compiles_than_the_stock_model(
     build: Callable[[], Any], stock: int, options: dict[str, Any]
@@ -208,8 +210,8 @@ def test_regional_compile_serves_more_ratios_than_dynamo_would_recompile_for(cou
         model = transform(two_stages(), ratio=0.05 * (i + 1))
         model.compile_repeated_blocks(fullgraph=True, backend=counter)
         output(model, inputs(model, 16, 16))
-    assert counter.frame_count == 2 * (limit + 2)  # a merged and an unmerged level
     assert merges(counter).count(1) == limit + 2
+    assert counter.frame_count <= 2 * (limit + 2)  # a merged and an unmerged level
 
 
 # ------------------------------------------------------------------------------------------------ other ways through
@@ -265,11 +267,34 @@ def test_inductor_gives_what_eager_gives_and_calls_one_bag_per_merge() -> None:
     }  # so no scatter, index_put or nonzero
 
 
-def test_neither_import_nor_transform_changes_a_setting_of_the_compiler() -> None:
+SETTINGS = """
+import torch
+import torch._dynamo, torch._functorch.config, torch._inductor.config
+from diffusers import ControlNetModel, UNet2DConditionModel
+
+def settings():
+    configs = torch._dynamo.config, torch._functorch.config, torch._inductor.config
+    flags = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    return [config.get_config_copy() for config in configs], flags, torch.get_rng_state().tolist()
+
+before = settings()
+import tome_fx
+assert settings() == before
+model = UNet2DConditionModel.from_config({CONFIG})
+before = settings()
+tome_fx.transform(model, ratio=0.5, merge_mlp=True)
+assert settings() == before
+"""
+
+
+def test_neither_import_nor_transform_changes_a_setting_or_the_random_state() -> None:
+    config = {name: value for name, value in one_stage().config.items() if not name.startswith("_")}
+    subprocess.run([sys.executable, "-c", SETTINGS.replace("{CONFIG}", repr(config))], check=True, timeout=120)
+
+
+def test_a_compiled_call_changes_no_setting_of_the_compiler() -> None:
     configs = (torch._dynamo.config, torch._inductor.config, torch._functorch.config)
     before = [config.get_config_copy() for config in configs]
-    precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    model = transform(two_stages(), ratio=0.5)
+    model = transform(one_stage(), ratio=0.5)
     output(torch.compile(model, backend="eager", fullgraph=True), inputs(model, 16, 16))
     assert [config.get_config_copy() for config in configs] == before
-    assert (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()) == precision
