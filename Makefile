@@ -18,8 +18,8 @@ $(READY): requirements-dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-demo: $(READY) ## Token merging in a StableDiffusionPipeline, against its peers: about four minutes
-	$(BIN)/python -m bench demo
+demo: $(READY) ## Token merging in a StableDiffusionPipeline, against its peers; with JSON=bench/results/demo.json for the README
+	$(BIN)/python -m bench demo $(if $(JSON),--json $(JSON))
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
@@ -30,8 +30,8 @@ lint: $(READY) ## Check style, types, and that the README's numbers are those of
 	$(BIN)/mypy
 	$(BIN)/python -m bench report --check
 
-bench: $(READY) ## Measure what two cores can in about 20 minutes
-	$(BIN)/python -m bench latency --suite cpu --breakdown --json bench/results/cpu.json
+bench: $(READY) ## Measure what two cores can; with JSON=bench/results/cpu.json for the README
+	$(BIN)/python -m bench latency --suite cpu --breakdown $(if $(JSON),--json $(JSON))
 
 report: $(READY) ## Write the README's tables and plots from bench/results
 	$(BIN)/python -m bench report

@@ -30,7 +30,7 @@ def run(cells: Sequence[Cell], variants: Sequence[str], rounds: int, path: Path,
     document: dict[str, Any] = {"schema": 1, "kind": "latency", "note": NOTE, "cells": []}
     if path.exists():
         document = measure.read(path)
-    document |= {"argv": sys.argv[1:], "machine": measure.machine()}
+    here = {"argv": sys.argv[1:], "machine": measure.machine()}
     unet: UNet2DConditionModel | None = None
     built: tuple[str, str, str] | None = None
     for cell in cells:
@@ -44,7 +44,7 @@ def run(cells: Sequence[Cell], variants: Sequence[str], rounds: int, path: Path,
             built = (cell.model, cell.device, cell.dtype)
         assert unet is not None
         if entry is None:
-            entry = {"cell": key, "complete": False, **_flops(unet, cell), "rows": {}}
+            entry = {"cell": key, "complete": False, **here, **_flops(unet, cell), "rows": {}}
             document["cells"] = [other for other in document["cells"] if other["cell"] != key] + [entry]
 
             def save(rows: dict[str, measure.Row], entry: dict[str, Any] = entry) -> None:
@@ -89,7 +89,6 @@ def _calling(name: str, unet: UNet2DConditionModel, cell: Cell) -> Callable[[], 
             return image(call, unet, cell)
         given = models.inputs(unet, cell.resolution, cell.batch * (2 if cell.guidance else 1))
         sample = given.pop("sample")
-        # the inputs' own memory is rotated through by the flush on a GPU and by the model's size on a CPU
         return lambda: call(sample=sample, **given).sample
 
     return make

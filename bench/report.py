@@ -14,22 +14,21 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 
 
-def machine(document: dict[str, Any]) -> str:
+def machine(m: dict[str, Any]) -> str:
     """The line above every table: what it was measured on and with."""
-    m = document["machine"]
     where = m["gpu"] or f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB"
     versions = ", ".join(f"{name} {m[name]}" for name in ("torch", "diffusers", "tomesd"))
-    return f"{where}; Python {m['python']}, {versions}; commit {m['commit']}. {document['note']}"
+    return f"{where}; Python {m['python']}, {versions}; commit {m['commit']}"
 
 
 def section(name: str, document: dict[str, Any]) -> str:
-    """A file's part of the README: the machine, then each table under its setting."""
-    parts = [f"*{machine(document)}*"]
+    """A file's part of the README: each table under its setting and machine."""
+    parts = [document["note"]]
     if document["kind"] == "demo":
         cell = document["cell"]
         parts.append(
             f"A small UNet in a `StableDiffusionPipeline`, {cell['resolution']} px, ratio {cell['ratio']}; "
-            f"ratios of the sweep: {', '.join(map(str, document['ratios']))}."
+            f"ratios of the sweep: {', '.join(map(str, document['ratios']))}. {machine(document['machine'])}."
         )
         parts.append(demo.table(document))
     for entry in document.get("cells", ()):
@@ -37,7 +36,7 @@ def section(name: str, document: dict[str, Any]) -> str:
         images = cell.batch * (2 if cell.guidance else 1)
         parts.append(
             f"**{cell.model}, {cell.resolution} px**, UNet batch {images}, ratio {cell.ratio}, {cell.scope}, "
-            f"{cell.dtype} on {cell.device}, mode {cell.mode}. {tables.table(entry)}"
+            f"{cell.dtype} on {cell.device}, mode {cell.mode}. {machine(entry['machine'])}. {tables.table(entry)}"
         )
         if "breakdown" in entry:
             parts.append("One site of the finest level, each part compiled alone:\n\n" + breakdown(entry["breakdown"]))
@@ -84,21 +83,27 @@ def plots(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
             )
             if not chosen:
                 continue
-            figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
             sides = [side for side, _ in chosen]
-            for variant in VARIANTS:
-                if VARIANTS[variant].merges:
-                    points = [tables.speedup(entry["rows"], "compile", variant) for _, entry in chosen]
-                    left.plot(sides, [p or float("nan") for p in points], marker="o", label=variant)
-            left.plot(sides, [entry["bound"] for _, entry in chosen], "k--", marker="_", label="FLOP bound")
-            left.axhline(1, color="grey", linewidth=0.8)
-            left.set(xlabel="image side, px", ylabel="speed-up over compile", xticks=sides, title=f"{model}, ratio 0.5")
-            left.legend(fontsize=8)
+            panels = 2 if len(sides) > 1 else 1  # one resolution makes no line
+            figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4), squeeze=False)
+            left, right = axes[0][0], axes[0][-1]
+            if panels == 2:
+                for variant in VARIANTS:
+                    if VARIANTS[variant].merges:
+                        points = [tables.speedup(entry["rows"], "compile", variant) for _, entry in chosen]
+                        left.plot(sides, [p or float("nan") for p in points], marker="o", label=variant)
+                left.plot(sides, [entry["bound"] for _, entry in chosen], "k--", marker="_", label="FLOP bound")
+                left.axhline(1, color="grey", linewidth=0.8)
+                left.set(
+                    xlabel="image side, px", ylabel="speed-up over compile", xticks=sides, title=f"{model}, ratio 0.5"
+                )
+                left.legend(fontsize=8)
             side, entry = chosen[-1]
             steps = [v for v in ("vanilla", "sdpa", "compile", "tome_fx+compile") if entry["rows"][v]["samples_ms"]]
             heights = [median(entry["rows"][v]["samples_ms"]) for v in steps]
             bars = right.bar(steps, heights, color=["0.7", "0.6", "0.5", "tab:green"][-len(steps) :])
             right.bar_label(bars, fmt="%.0f ms")
+            right.margins(y=0.12)
             right.set(ylabel="ms per UNet call", title=f"{model}, {side} px: each bar adds one technique")
             figure.tight_layout()
             path = folder / f"{name}-{model}.png"

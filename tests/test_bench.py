@@ -114,8 +114,16 @@ def test_a_wrong_output_is_no_result(output: float, message: str) -> None:
     assert rows["wrong"].samples_ms == []
 
 
+def test_a_broken_first_variant_is_no_reference_for_the_others() -> None:
+    rows = compare({"broken": lambda: torch.full((3,), math.nan), "good": spin(1), "also good": spin(1)})
+    assert rows["broken"].error
+    assert [rows[name].error for name in ("good", "also good")] == [None, None]
+
+
 def test_a_merging_variant_may_differ() -> None:
-    rows = compare({"reference": spin(1), "merging": lambda: torch.full((3,), 2.0)}, exact=False)
+    runs = {"reference": lambda: spin(1), "merging": lambda: lambda: torch.full((3,), 2.0)}
+    exact = {"reference": True, "merging": False}
+    rows = measure.compare(runs, exact=exact, rounds=2, device="cpu", title="test")
     assert rows["merging"].error is None
     assert rows["merging"].relative_error == pytest.approx(1)
 
@@ -206,8 +214,9 @@ def test_suites_have_the_cells_they_are_named_for() -> None:
 def test_committed_results_have_the_schema(path: Path) -> None:
     document = measure.read(path)
     assert document["schema"] == 1
-    assert {"cpu", "cores", "gpu", "torch", "diffusers", "tomesd", "python", "commit"} <= document["machine"].keys()
-    assert document["argv"]
+    for entry in document.get("cells", [document]):
+        assert {"cpu", "cores", "gpu", "torch", "diffusers", "tomesd", "python", "commit"} <= entry["machine"].keys()
+        assert entry["argv"]
     groups = [entry["rows"] for entry in document.get("cells", [])] or [document["rows"]]
     for entry in document.get("cells", []):
         assert entry["complete"]

@@ -77,9 +77,7 @@ def test_printing_shows_every_site_the_total_and_the_bound() -> None:
 
 
 @pytest.mark.parametrize(("side", "bound"), [(64, 1.11), (96, 1.21), (128, 1.33), (256, 1.76)])
-def test_the_bounds_of_stable_diffusion_are_those_computed_by_hand(
-    side: int, scopes: dict[str, bool], bound: float
-) -> None:
+def test_the_bounds_of_stable_diffusion_are_those_computed_by_hand(side: int, bound: float) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768)
     assert tome_fx.explain(tome_fx.transform(unet), side, side).bound == pytest.approx(bound, abs=0.006)
@@ -108,3 +106,16 @@ def test_the_model_is_left_as_it_is() -> None:
 def test_bad_input_is_named(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         tome_fx.explain(*arguments)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "by blocks"])
+def test_a_compiled_model_is_explained_like_one_that_is_not(how: str) -> None:
+    model = tome_fx.transform(sd15())
+    expected = tome_fx.explain(model, 16, 16)
+    if how == "wrapped":
+        model = torch.compile(model, backend="eager")
+    elif how == "in place":
+        model.compile(backend="eager")
+    else:
+        model.compile_repeated_blocks(backend="eager")
+    assert tome_fx.explain(model, 16, 16) == expected

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import itertools
 import math
+import re
 import subprocess
 import sys
 import types
@@ -23,6 +24,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module  # type: ignore[import-untyped]
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
 from models import (
     blocks,
     controlnet,
@@ -31,6 +33,7 @@ from models import (
     inputs,
     mask,
     objects,
+    one_stage,
     output,
     relative_error,
     sd15,
@@ -40,6 +43,7 @@ from models import (
     transformers,
     two_stages,
 )
+from peft import LoraConfig
 from torch import Tensor, fx, nn
 
 import tome_fx
@@ -682,3 +686,66 @@ def test_a_mask_over_tokens_that_are_not_merged_is_served() -> None:
 def test_the_package_says_what_it_offers() -> None:
     assert all(hasattr(tome_fx, name) for name in tome_fx.__all__)
     assert tome_fx.transform is transform
+
+
+def test_a_lora_loaded_into_the_result_acts_there_and_leaves_the_original_alone() -> None:
+    lora = LoraConfig(r=2, target_modules=["to_q", "proj_in", "ff.net.0.proj"], init_lora_weights=False)
+    original, arguments = two_stages(), inputs(two_stages())
+    before = output(original, arguments)
+    loaded = transform(original, use_rand=False)
+    loaded.add_adapter(lora)
+    assert torch.equal(output(original, arguments), before)
+    assert not any("lora" in name for name, _ in original.named_modules())
+    stock = copy.deepcopy(original)
+    stock.add_adapter(lora)
+    stock.load_state_dict(loaded.state_dict())
+    assert torch.equal(output(loaded, arguments), output(transform(stock, use_rand=False), arguments))
+    assert relative_error(output(loaded, arguments), output(transform(original, use_rand=False), arguments)) > 1e-3
+
+
+def test_encoder_states_may_be_a_tuple_and_reach_cross_attention_whole() -> None:
+    seen = []
+
+    class Whole(AttnProcessor2_0):  # type: ignore[misc]
+        def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, **kwargs: Any) -> Any:
+            if isinstance(encoder_hidden_states, tuple):
+                seen.append(len(encoder_hidden_states))
+                encoder_hidden_states = encoder_hidden_states[0]
+            return super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
+
+    model, arguments = transform(two_stages()), inputs(two_stages())
+    expected = output(model, arguments)
+    model.set_attn_processor(Whole())
+    text = arguments["encoder_hidden_states"]
+    assert torch.equal(output(model, {**arguments, "encoder_hidden_states": (text, [text])}), expected)
+    assert seen == [2] * len(blocks(model))
+
+
+def test_ip_adapter_masks_with_merged_cross_attention_are_an_error() -> None:
+    masks = {"cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 32, 32)]}}
+    with pytest.raises(TransformError, match=r"ip_adapter_masks was given to attn2.*merge_crossattn=False"):
+        output(transform(two_stages(), merge_crossattn=True), {**inputs(two_stages()), **masks})
+
+
+def test_ratio_0_serves_a_mask_as_the_original_does() -> None:
+    tokens = one_stage()
+    arguments = {**inputs(tokens), "attention_mask": torch.ones(2, 32 * 32)}
+    assert torch.equal(output(transform(tokens, ratio=0), arguments), output(tokens, arguments))
+
+
+def test_a_module_that_is_not_there_to_merge_around_is_an_error() -> None:
+    model = copy.deepcopy(two_stages())
+    for block in blocks(model).values():
+        block.attn2 = None
+    transform(model)
+    with pytest.raises(TransformError, match="expected one call each of attn1, attn2, found calls of attn1, ff"):
+        transform(model, merge_crossattn=True)
+
+
+def test_the_graph_in_the_readme_is_the_one_that_is_printed() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    shown = re.findall(r"^    (?:norm1|merge|attn1|unmerge|add) = .*$", readme, re.MULTILINE)
+    block = next(iter(blocks(transform(two_stages())).values()))
+    printed = block.graph.python_code("self").src.splitlines()
+    assert len(shown) == 5
+    assert all(line in printed for line in shown)

@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from tome_fx.plan import Plan, TransformError
+from tome_fx.plan import Plan, TransformError, downsampled
 from tome_fx.rewrite import insert_match, insert_merge
 from tome_fx.specialize import specialize
 
@@ -51,8 +50,10 @@ class MatchPass:
 
     def __call__(self, graph: fx.Graph) -> int:
         """Change the graph in place; returns how many blocks were matched for."""
-        p = self.plan
-        return insert_match(graph, dict(self.seeds), image="hidden_states", ratio=p.ratio, sx=p.sx, sy=p.sy)
+        p, seeds = self.plan, dict(self.seeds)
+        count = insert_match(graph, seeds, image="hidden_states", ratio=p.ratio, sx=p.sx, sy=p.sy)
+        _require(count, tuple(seeds), graph)
+        return count
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,11 @@ class MergePass:
     def __call__(self, graph: fx.Graph) -> int:
         """Change the graph in place; returns how many modules were wrapped."""
         for node in graph.nodes:
-            if node.target in self.scopes:
+            if node.target in self.scopes and self.ratio:
                 _refuse_masks(node)
-        return insert_merge(graph, self.scopes, ratio=self.ratio)
+        count = insert_merge(graph, self.scopes, ratio=self.ratio)
+        _require(count, self.scopes, graph)
+        return count
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -146,63 +149,10 @@ def merged_sites(model: nn.Module) -> tuple[Plan, list[Site]]:
     return plan, chosen
 
 
-def example_inputs(
-    model: nn.Module,
-    height: int,
-    width: int,
-    *,
-    batch: int = 2,
-    text_tokens: int = 77,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:
-    """Random arguments for a forward of the model, such as a pipeline would give it.
-
-    Args:
-        model: A `UNet2DConditionModel` or `ControlNetModel`.
-        height: Latent rows.
-        width: Latent columns.
-        batch: Images; 2 is one image under classifier-free guidance.
-        text_tokens: Length of the prompt; 77 is what CLIP gives.
-        device: Of the tensors; "meta" for shapes alone.
-        dtype: Of the tensors.
-
-    Raises:
-        TransformError: The model's config asks for an embedding that is not known here.
-    """
-    config: Any = model.config
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(batch, *shape, device=device, dtype=dtype)
-
-    context = config.encoder_hid_dim or config.cross_attention_dim
-    inputs: dict[str, Any] = {
-        "sample": random(config.in_channels, height, width),
-        "timestep": torch.tensor(500, device=device),
-        "encoder_hidden_states": random(text_tokens, context if isinstance(context, int) else context[0]),
-    }
-    if config.addition_embed_type == "text_time":
-        # SDXL: six numbers (sizes and crop) and the pooled prompt, which is what is left of the embedding's width
-        times = 6
-        pooled = config.projection_class_embeddings_input_dim - times * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": random(pooled), "time_ids": random(times)}
-    elif config.addition_embed_type is not None:
-        raise TransformError(f"no example inputs for addition_embed_type={config.addition_embed_type!r}")
-    if config.class_embed_type in ("projection", "simple_projection"):
-        inputs["class_labels"] = random(config.projection_class_embeddings_input_dim)
-    elif config.class_embed_type is not None or config.num_class_embeds is not None:
-        inputs["class_labels"] = torch.zeros(batch, dtype=torch.long, device=device)
-    if isinstance(model, ControlNetModel):
-        scale = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
-        inputs["controlnet_cond"] = random(config.conditioning_channels, height * scale, width * scale)
-    return inputs
-
-
 def _stages(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     """The stages of a UNet or ControlNet in the order of its modules: path, stage, latents per token."""
     unet: Any = model
-    factor = 1
-    factors: dict[nn.Module, int] = {}
+    factor, factors = 1, {}
     for stage in unet.down_blocks:
         factors[stage] = factor
         factor *= 2 if getattr(stage, "downsamplers", None) else 1
@@ -213,6 +163,13 @@ def _stages(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     for path, stage in model.named_modules():
         if stage in factors:
             yield path, stage, factors[stage]
+
+
+def _require(count: int, modules: tuple[str, ...], graph: fx.Graph) -> None:
+    """Every module asked for must have been found: a merge that is left out silently is an option that does nothing."""
+    if count != len(modules):
+        called = sorted(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
+        raise TransformError(f"expected one call each of {', '.join(modules)}, found calls of {', '.join(called)}")
 
 
 def _refuse_masks(node: fx.Node) -> None:
@@ -231,12 +188,13 @@ def _refuse_masks(node: fx.Node) -> None:
 def _refuse_large_strides(model: nn.Module, plan: Plan, finest: int) -> None:
     """A stride larger than the grid it is laid on finds no cell, at the size that the model is made for."""
     config: Any = model.config
-    side = config.get("sample_size")
-    if isinstance(side, int):
-        grid = -(-side // finest)
-        for name, stride in (("sx", plan.sx), ("sy", plan.sy)):
-            if stride > grid:
-                raise ValueError(
-                    f"{name} must be at most {grid}, the side of the finest token grid at the model's own sample_size "
-                    f"of {side}; got {stride}"
-                )
+    size = config.get("sample_size")
+    if size is None:  # a ControlNet's config does not say
+        return
+    height, width = (size, size) if isinstance(size, int) else size
+    for name, stride, side in (("sx", plan.sx, width), ("sy", plan.sy, height)):
+        if stride > downsampled(side, finest):
+            raise ValueError(
+                f"{name} must be at most {downsampled(side, finest)}, the side of the finest token grid at the model's "
+                f"own sample_size of {size}; got {stride}"
+            )

@@ -9,7 +9,8 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from tome_fx.api import share
-from tome_fx.capture import MODELS, example_inputs, find_sites, merged_sites
+from tome_fx.capture import MODELS, find_sites, merged_sites
+from tome_fx.inputs import example_inputs
 from tome_fx.plan import Grid, downsampled
 
 
@@ -73,7 +74,7 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
     """Count what merging saves at a latent size, without running anything: the model is evaluated on meta tensors.
 
     Args:
-        model: What `tome_fx.transform` returned. It is left as it is.
+        model: What `tome_fx.transform` returned, compiled or not. It is left as it is.
         height: Latent rows, an eighth of the image's for Stable Diffusion.
         width: Latent columns.
 
@@ -85,6 +86,7 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
         ValueError: `height` or `width` is below 1.
         TransformError: The model is not transformed, or asks for inputs that are not known here.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if not isinstance(model, MODELS):
         raise TypeError(f"model must be what tome_fx.transform returned, got {type(model).__name__}")
     for name, size in (("height", height), ("width", width)):
@@ -98,7 +100,7 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
         module = plain.get_submodule(path)
         if hasattr(module, "rewrite"):
             module.__class__ = type(module).__base__
-    before, after = _flops(plain, height, width), _flops(model, height, width)
+    before, after = _flops(plain, height, width), _flops(share(model), height, width)  # a copy is not compiled
 
     rows = []
     for site in sites:

@@ -60,16 +60,16 @@ def insert_match(
     with graph.inserting_after(inputs[-1]):
         width = graph.create_node("call_method", "size", (source, 3), name="width")
         height = graph.create_node("call_method", "size", (source, 2), name="height")
-    for node, name, tokens in calls:
+    for node, name, place in calls:
         with graph.inserting_before(node):
             slot = graph.call_function(
                 ops.match,
-                (node.args[tokens], height, width),
+                (node.args[place], height, width),
                 {"ratio": ratio, "sx": sx, "sy": sy, "seed": seeds[name]},
             )
-            if tokens:  # called through a function, which may pass positional arguments alone
-                bound = graph.call_function(WithSlot, (node.args[tokens - 1], slot))
-                node.update_arg(tokens - 1, bound)
+            if place:  # called through a function, which may pass positional arguments alone
+                bound = graph.call_function(WithSlot, (node.args[place - 1], slot))
+                node.update_arg(place - 1, bound)
             else:
                 node.update_kwarg("slot", slot)
         slot.meta["shape"] = "[B, N]"
@@ -103,14 +103,14 @@ def insert_merge(graph: fx.Graph, modules: Collection[str], *, ratio: float) -> 
     with graph.inserting_after(inputs[-1]):
         slot = graph.placeholder("slot", default_value=None)
     slot.meta["shape"] = "[B, N]"
-    for node, _, tokens in calls:
+    for node, _, place in calls:
         with graph.inserting_before(node):
-            merged = graph.call_function(ops.merge, (node.args[tokens], slot, ratio))
+            merged = graph.call_function(ops.merge, (node.args[place], slot, ratio))
         with graph.inserting_after(node):
             restored = graph.call_function(ops.unmerge, (node, slot))
         node.replace_all_uses_with(restored)
         restored.update_arg(0, node)
-        node.update_arg(tokens, merged)
+        node.update_arg(place, merged)
         merged.meta["shape"] = node.meta["shape"] = "[B, K, C]"
         restored.meta["shape"] = "[B, N, C]"
     _show_shapes(graph)
@@ -128,14 +128,14 @@ def _show_shapes(graph: fx.Graph) -> None:
             for line in lines
         ]
 
-    graph.on_generate_code(lambda _: annotate)
+    graph.on_generate_code(lambda before: lambda body: annotate(before(body) if before else body))
 
 
 def _calls(graph: fx.Graph, modules: Collection[str]) -> list[tuple[fx.Node, str, int]]:
-    """Every call of a named module: the node, the module's name, and which argument the tokens are.
+    """Every call of a named module: the node, the module's name, and the place of the tokens among its arguments.
 
-    A module is called by itself, or through a function that takes it followed by its arguments, as
-    checkpointing and chunking do.
+    That is 0 where the module itself is called, and after the module where it is called through a function that takes
+    it followed by its arguments, as checkpointing and chunking do.
     """
     found = []
     for node in graph.nodes:

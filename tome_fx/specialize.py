@@ -17,6 +17,7 @@ import linecache
 import threading
 import types
 from collections.abc import Callable, Hashable, Mapping
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def specialize(
             cls: Any = type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__})
             cls.__qualname__ = base.__qualname__
             cls.rewrite = staticmethod(rewrite)
-            cls.graph, cls.graphs = graph, {}
+            cls.graph, cls.graphs, cls._methods = graph, {}, {}
             cls._template = template
             _add(cls, (kinds, flags), graph)
             cls.forward = _dispatcher(cls)
@@ -79,7 +80,8 @@ def _variant(cls: Any, kinds: tuple[Hashable, ...], flags: tuple[Hashable, ...])
     with _lock:
         if (kinds, flags) not in cls.graphs:
             _add(cls, (kinds, flags), _rewritten(cls._template, cls.rewrite, kinds, flags))
-        return _method(list(cls.graphs).index((kinds, flags)))
+        name: str = cls._methods[kinds, flags]
+        return name
 
 
 def _rewritten(template: Template, rewrite: Pass, kinds: tuple[Hashable, ...], flags: tuple[Hashable, ...]) -> fx.Graph:
@@ -96,14 +98,11 @@ def _rewritten(template: Template, rewrite: Pass, kinds: tuple[Hashable, ...], f
 
 
 def _add(cls: Any, signature: Hashable, graph: fx.Graph) -> None:
-    name = _method(len(cls.graphs))
+    name = f"forward_{len(cls.graphs)}"
     code = graph.python_code("self")
     setattr(cls, name, _function(code.src, code.globals, f"{cls.__name__}.{name}"))
     cls.graphs[signature] = graph
-
-
-def _method(number: int) -> str:
-    return f"forward_{number}"
+    cls._methods[signature] = name
 
 
 def _dispatcher(cls: Any) -> types.FunctionType:
@@ -128,7 +127,7 @@ def _dispatcher(cls: Any) -> types.FunctionType:
 
 def _function(source: str, names: dict[str, Any], title: str) -> types.FunctionType:
     """Compile the source of one function named forward, such that tracebacks and debuggers show its lines."""
-    filename = f"<tome_fx {title} {id(names):x}>"
+    filename = f"<tome_fx {title} {sha256(source.encode()).hexdigest()[:12]}>"  # the same in every process
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     exec(compile(source, filename, "exec"), names)
     function: types.FunctionType = names["forward"]
