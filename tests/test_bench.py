@@ -198,6 +198,22 @@ def test_todo_halves_keys_and_values_along_both_sides_at_the_finest_level() -> N
     assert (seen[f"{middle}.to_q"], seen[f"{middle}.to_k"]) == (64, 64)
 
 
+def test_end_to_end_makes_a_whole_image_through_the_variant_and_the_vae() -> None:
+    unet = models.build("tiny")
+    calls: list[tuple[int, ...]] = []
+
+    def counting(sample: Tensor, **given: Any) -> Any:
+        calls.append(tuple(sample.shape))
+        return unet(sample, **given)
+
+    cell = Cell("tiny", 64, end_to_end=True)
+    with torch.no_grad():
+        image = latency.image(counting, unet, cell, steps=2)()
+    assert image.shape == (1, 3, 64, 64)
+    assert image.isfinite().all()
+    assert calls == [(2, 4, 8, 8)] * 2
+
+
 def test_suites_have_the_cells_they_are_named_for() -> None:
     seed = suite("seed", "cuda").cells
     assert {(cell.resolution, cell.batch) for cell in seed} == {
