@@ -134,6 +134,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Run `python -m bench demo`."""
-    print("A small UNet in a StableDiffusionPipeline, six ways. The compiled ones take a minute each to warm up.")
+    print(
+        "A small UNet in a StableDiffusionPipeline, six ways. The compiled ones take half a minute or more to warm up."
+    )
     document = run(arguments.steps, arguments.rounds, arguments.json)
     print(f"{latency.NOTE}\n\n{table(document)}\n\nwritten to {arguments.json}")

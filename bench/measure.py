@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -58,7 +59,9 @@ def count_compiles() -> Iterator[Compiles]:
     result = Compiles()
     clear_compilation_metrics()
     graphs, breaks = _graphs(), sum(counters["graph_break"].values())
-    yield result
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo warns of what it breaks a graph at, which is counted here instead
+        yield result
     result.graphs = _graphs() - graphs
     result.graph_breaks = sum(counters["graph_break"].values()) - breaks
     # A compile id is "code object / compile of it". Variants share code objects: only what is compiled twice in here

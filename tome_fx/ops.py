@@ -9,6 +9,8 @@ every input. Nothing draws random numbers.
 NOTE [Determinism]
 No float is ever added atomically. `merge` sums the tokens of a slot in their order on the grid, by a bag sum
 whose every output is owned by one thread. The one scatter writes each index once. Two runs agree bit for bit.
+The price is that Inductor leaves the sorts, the search and the bag sum to ATen: a scatter_add would be one kernel, but
+its atomics add in any order on a GPU, and on a CPU it is no faster.
 """
 
 import torch
