@@ -136,6 +136,21 @@ def test_a_ratio_is_compiled_once_and_coming_back_to_it_or_transforming_anew_com
     assert merges(counter) == [finest(one_stage())] * len(ratios)
 
 
+def test_the_ninth_ratio_raises_as_the_readme_says_and_an_isolated_compile_serves_it(counter: Any) -> None:
+    limit = torch._dynamo.config.recompile_limit
+    assert limit == 8
+    arguments = inputs(one_stage(), 16, 16)
+    *models, last = (transform(one_stage(), ratio=0.05 * (i + 1)) for i in range(limit + 1))
+    for model in models:
+        output(torch.compile(model, backend=counter, fullgraph=True), arguments)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        output(torch.compile(last, backend=counter, fullgraph=True), arguments)
+    own: dict[str, Any] = {"isolate_recompiles": True}
+    isolated = torch.compile(last, backend=counter, fullgraph=True, **own)
+    assert torch.equal(output(isolated, arguments), output(last, arguments))
+    assert counter.frame_count == limit + 1
+
+
 def test_a_shape_is_compiled_once(counter: Any) -> None:
     model = transform(one_stage(), ratio=0.5)
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
