@@ -28,6 +28,11 @@ class Cell:
     guidance: bool = True
     end_to_end: bool = False
 
+    @property
+    def unet_batch(self) -> int:
+        """Images that the UNet sees in one call."""
+        return self.batch * (2 if self.guidance else 1)
+
     def __str__(self) -> str:
         """Its name in a progress bar."""
         return f"{self.model} {self.resolution}px b{self.batch} r{self.ratio} {self.scope}"

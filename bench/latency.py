@@ -71,10 +71,9 @@ def _flops(unet: UNet2DConditionModel, cell: Cell) -> dict[str, Any]:
     """FLOPs per call and the bound, from `tome_fx.explain`."""
     side = cell.resolution // models.LATENT
     report = tome_fx.explain(merged(unet, Setting(cell.ratio, cell.scope)), side, side)
-    images = cell.batch * (2 if cell.guidance else 1)
     return {
-        "flops": report.flops_before * images,
-        "flops_merged": report.flops_after * images,
+        "flops": report.flops_before * cell.unet_batch,
+        "flops_merged": report.flops_after * cell.unet_batch,
         "bound": report.bound,
     }
 
@@ -87,7 +86,7 @@ def _calling(name: str, unet: UNet2DConditionModel, cell: Cell) -> Callable[[], 
         call = prepare(name, unet, setting)
         if cell.end_to_end:
             return image(call, unet, cell)
-        given = models.inputs(unet, cell.resolution, cell.batch * (2 if cell.guidance else 1))
+        given = models.inputs(unet, cell.resolution, cell.unet_batch)
         sample = given.pop("sample")
         return lambda: call(sample=sample, **given).sample
 
@@ -142,9 +141,8 @@ def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int) -> dict[str,
     site = min(sites, key=lambda site: site.downsample)
     side = cell.resolution // models.LATENT // site.downsample
     block: Any = unet.get_submodule(site.path)
-    images = cell.batch * (2 if cell.guidance else 1)
     options: dict[str, Any] = {"ratio": cell.ratio, "sx": 2, "sy": 2, "seed": 1}
-    tokens = torch.randn(images, side * side, site.channels, device=unet.device, dtype=unet.dtype)
+    tokens = torch.randn(cell.unet_batch, side * side, site.channels, device=unet.device, dtype=unet.dtype)
     slot = ops.match(tokens, side, side, **options)
     small = ops.merge(tokens, slot, cell.ratio)
     parts: dict[str, tuple[Callable[..., Tensor | None], tuple[Any, ...]]] = {

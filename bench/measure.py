@@ -104,7 +104,6 @@ def compare(
     rounds: int,
     device: str,
     title: str,
-    warmups: int = 1,
     save: Callable[[dict[str, Row]], None] = lambda rows: None,
 ) -> dict[str, Row]:
     """Time variants in interleaved rounds, A B C A B C, so that a drift of the machine meets all of them alike.
@@ -116,7 +115,6 @@ def compare(
         rounds: Timed calls of each variant.
         device: "cpu" or "cuda".
         title: What the progress bar calls this cell.
-        warmups: Calls before timing, the first of which compiles.
         save: Called after the warm-up of each variant and after each round, with all rows so far.
 
     Returns:
@@ -138,8 +136,7 @@ def compare(
                         torch.cuda.reset_peak_memory_stats()
                     call = make()
                     row.first_s = timer(call) / 1e3
-                    for _ in range(warmups):
-                        output = call()
+                    output = call()
                     if timer.cuda:
                         row.peak_memory = torch.cuda.max_memory_allocated()
                     if exact is not None:

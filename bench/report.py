@@ -33,9 +33,8 @@ def section(name: str, document: dict[str, Any]) -> str:
         parts.append(demo.table(document))
     for entry in document.get("cells", ()):
         cell = Cell(**entry["cell"])
-        images = cell.batch * (2 if cell.guidance else 1)
         parts.append(
-            f"**{cell.model}, {cell.resolution} px**, UNet batch {images}, ratio {cell.ratio}, {cell.scope}, "
+            f"**{cell.model}, {cell.resolution} px**, UNet batch {cell.unet_batch}, ratio {cell.ratio}, {cell.scope}, "
             f"{cell.dtype} on {cell.device}, mode {cell.mode}. {machine(entry['machine'])}. {tables.table(entry)}"
         )
         if "breakdown" in entry:

@@ -9,9 +9,9 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from tome_fx.api import share
-from tome_fx.capture import MODELS, find_sites, merged_sites
+from tome_fx.capture import MODELS, merged_sites
 from tome_fx.inputs import example_inputs
-from tome_fx.plan import Grid, downsampled
+from tome_fx.plan import Grid, downsampled, integer
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,12 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
     if not isinstance(model, MODELS):
         raise TypeError(f"model must be what tome_fx.transform returned, got {type(model).__name__}")
     for name, size in (("height", height), ("width", width)):
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int, got {size!r} of type {type(size).__name__}")
-        if size < 1:
+        if integer(name, size) < 1:
             raise ValueError(f"{name} must be at least 1 latent, got {size}")
     plan, sites = merged_sites(model)
     plain = share(model)
-    for path in {path for site in find_sites(model) for path in (site.transformer, site.path)}:
-        module = plain.get_submodule(path)
-        if hasattr(module, "rewrite"):
+    for module in plain.modules():
+        if hasattr(type(module), "rewrite"):
             module.__class__ = type(module).__base__
     before, after = _flops(plain, height, width), _flops(share(model), height, width)  # a copy is not compiled
 

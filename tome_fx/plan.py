@@ -40,7 +40,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("sx", "sy"):
-            stride = _integer(name, getattr(self, name))
+            stride = integer(name, getattr(self, name))
             if stride < 1:
                 raise ValueError(f"{name} must be at least 1 token, got {stride}")
         if self.sx * self.sy == 1:
@@ -53,12 +53,12 @@ class Plan:
                 f"ratio must be between 0 and {highest:.4g}, the share of sources at a stride of "
                 f"{self.sx} x {self.sy}; got {self.ratio}"
             )
-        if self.max_downsample is not None and _integer("max_downsample", self.max_downsample) not in DOWNSAMPLES:
+        if self.max_downsample is not None and integer("max_downsample", self.max_downsample) not in DOWNSAMPLES:
             raise ValueError(f"max_downsample must be None or one of {DOWNSAMPLES}, got {self.max_downsample}")
         for name in ("use_rand", *SCOPES):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if not 0 <= _integer("seed", self.seed) < 2**32:
+        if not 0 <= integer("seed", self.seed) < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
         if self.seed and not self.use_rand:
             raise ValueError(f"seed={self.seed} does nothing with use_rand=False; leave it at 0")
@@ -139,7 +139,8 @@ def downsampled(size: int, factor: int) -> int:
     return math.ceil(size / factor)
 
 
-def _integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> int:
+    """The value itself, or a TypeError that names the argument: a bool is not a number."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
     return value
