@@ -171,6 +171,7 @@ def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int) -> dict[str,
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench latency`."""
+    rows = "; ".join(f"{name}: {variant.about}" for name, variant in VARIANTS.items())
     parser.add_argument("--suite", choices=SUITES, help="a fixed set of cells; the options below are then its own")
     parser.add_argument("--part", default="1/1", help="which part of the cells, 1/3 for the first third")
     parser.add_argument("--model", nargs="+", default=["tiny"], help=f"{', '.join(models.CONFIGS)} or a folder")
@@ -178,7 +179,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="images")
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.5])
     parser.add_argument("--scope", nargs="+", choices=SCOPES, default=["attn"])
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help=rows)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--mode", choices=MODES, default="default")
