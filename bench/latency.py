@@ -17,7 +17,7 @@ from bench import measure, models
 from bench.cells import SUITES, Cell, suite
 from bench.tables import table
 from bench.variants import MODES, SCOPES, VARIANTS, Setting, merged, prepare
-from tome_fx import ops
+from tome_fx import ops, plan
 from tome_fx.capture import find_sites
 
 NOTE = "Weights are random, from a seed: latency does not depend on them."
@@ -141,14 +141,14 @@ def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int) -> dict[str,
     site = min(sites, key=lambda site: site.downsample)
     side = cell.resolution // models.LATENT // site.downsample
     block: Any = unet.get_submodule(site.path)
-    options: dict[str, Any] = {"ratio": cell.ratio, "sx": 2, "sy": 2, "seed": 1}
+    options: dict[str, Any] = {"kept": plan.kept(side, side, cell.ratio), "sx": 2, "sy": 2, "seed": 1}
     tokens = torch.randn(cell.unet_batch, side * side, site.channels, device=unet.device, dtype=unet.dtype)
-    slot = ops.match(tokens, side, side, **options)
-    small = ops.merge(tokens, slot, cell.ratio)
-    parts: dict[str, tuple[Callable[..., Tensor | None], tuple[Any, ...]]] = {
+    slots = ops.match(tokens, side, side, **options)
+    small = ops.merge(tokens, slots)
+    parts: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         "match": (lambda x: ops.match(x, side, side, **options), (tokens,)),
-        "merge": (lambda x, s: ops.merge(x, s, cell.ratio), (tokens, slot)),
-        "unmerge": (ops.unmerge, (small, slot)),
+        "merge": (ops.merge, (tokens, slots)),
+        "unmerge": (ops.unmerge, (small, slots)),
         "attention, all tokens": (lambda x: block.attn1(x), (tokens,)),
         "attention, merged": (lambda x: block.attn1(x), (small,)),
     }

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, fx, nn
 
 import tome_fx
-from tome_fx import ops, plan
+from tome_fx import ops
 from tome_fx.api import share
 from tome_fx.capture import find_sites
 from tome_fx.specialize import Pass, specialize
@@ -118,21 +118,22 @@ def replaced(unet: UNet2DConditionModel, setting: Setting, **functions: Any) -> 
     return result
 
 
-def first_tokens(tokens: Tensor, slot: Tensor | None, ratio: float) -> Tensor:
+def no_match(tokens: Tensor, height: int, width: int, *, kept: int, **_: Any) -> ops.SlotMap:
+    """The oracle's match: nothing is computed; views of the tokens carry N and K."""
+    return ops.SlotMap(tokens, tokens, tokens[:, :kept])
+
+
+def first_tokens(tokens: Tensor, slots: ops.SlotMap | None) -> Tensor:
     """The oracle's merge: keep the first K tokens."""
-    return tokens if slot is None else tokens[:, : plan.kept(tokens.shape[1], ratio)]
+    return tokens if slots is None else tokens[:, : slots.start.shape[1]]
 
 
-def repeat_tokens(tokens: Tensor, slot: Tensor | None) -> Tensor:
+def repeat_tokens(tokens: Tensor, slots: ops.SlotMap | None) -> Tensor:
     """The oracle's unmerge: repeat the K tokens up to N."""
-    if slot is None:
+    if slots is None:
         return tokens
-    return tokens.repeat(1, -(-slot.shape[1] // tokens.shape[1]), 1)[:, : slot.shape[1]]
-
-
-def no_match(tokens: Tensor, height: int, width: int, **_: Any) -> Tensor:
-    """The oracle's match: nothing is computed; the tokens themselves carry N."""
-    return tokens
+    count, kept = slots.slot.shape[1], tokens.shape[1]
+    return tokens.repeat(1, -(-count // kept), 1)[:, :count]
 
 
 class ToDoProcessor:

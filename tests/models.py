@@ -16,7 +16,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from tome_fx import ops
+from tome_fx import ops, plan
 from tome_fx.capture import find_sites
 from tome_fx.inputs import example_inputs
 
@@ -73,6 +73,17 @@ def one_stage() -> UNet2DConditionModel:
 
 
 @functools.cache
+def one_block() -> UNet2DConditionModel:
+    """A single block. For compiling many times over."""
+    return _unet(
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        attention_head_dim=2,
+        mid_block_type=None,
+    )
+
+
+@functools.cache
 def controlnet() -> ControlNetModel:
     """A ControlNet for `sd15()` whose zero convolutions are not zero."""
     with torch.random.fork_rng(devices=[]):
@@ -100,12 +111,11 @@ def _unet(down_block_types: tuple[str, ...], **config: Any) -> UNet2DConditionMo
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "cross_attention_dim": 16,
+        "up_block_types": tuple(ups),
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return UNet2DConditionModel(
-            down_block_types=down_block_types, up_block_types=tuple(ups), **{**options, **config}
-        ).eval()
+        return UNet2DConditionModel(down_block_types=down_block_types, **{**options, **config}).eval()
 
 
 def inputs(
@@ -187,13 +197,15 @@ def _hook(transformer: nn.Module, block: Any, ratio: float) -> None:
         seen["size"] = args[0].shape[-2:]
 
     def match(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen["slot"] = ops.match(args[0], *seen["size"], ratio=ratio, sx=2, sy=2, seed=None)
+        height, width = seen["size"]
+        kept = plan.kept(height, width, ratio)
+        seen["slots"] = ops.match(args[0], height, width, kept=kept, sx=2, sy=2, seed=None)
 
     def merge(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return ops.merge(args[0], seen["slot"], ratio), *args[1:]
+        return ops.merge(args[0], seen["slots"]), *args[1:]
 
     def unmerge(_: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
-        return ops.unmerge(result, seen["slot"])
+        return ops.unmerge(result, seen["slots"])
 
     transformer.register_forward_pre_hook(size)
     block.register_forward_pre_hook(match)

@@ -95,7 +95,11 @@ def test_the_model_is_left_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((torch.nn.Linear(1, 1), 8, 8), TypeError, "model must be what tome_fx.transform returned, got Linear"),
+        (
+            (torch.nn.Linear(1, 1), 8, 8),
+            TypeError,
+            "model must be a UNet2DConditionModel or ControlNetModel, got Linear",
+        ),
         ((sd15(), 8, 8), tome_fx.TransformError, "UNet2DConditionModel is not transformed"),
         ((tome_fx.transform(sd15()), 0, 8), ValueError, "height must be at least 1 latent, got 0"),
         ((tome_fx.transform(sd15()), 8, -3), ValueError, "width must be at least 1 latent, got -3"),

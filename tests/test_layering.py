@@ -1,8 +1,8 @@
 """The contract of the package as a whole.
 
-A file imports only files to its right: `__init__ > explain > api > capture > specialize > trace > rewrite > ops >
-plan`. One file knows diffusers, the last one does without torch, and each is short enough to read. Importing
-tome_fx brings no module that its dependencies do not bring, and leaves every setting of torch as it is.
+A file imports only files to its right: `__init__ > diagnose > explain > schedule > api > capture > inputs > specialize
+> trace > rewrite > ops > plan`. One file knows diffusers, the last one does without torch, and each is short enough to
+read. Importing tome_fx brings no module that its dependencies do not bring, and leaves every setting of torch as it is.
 """
 
 import ast
@@ -16,7 +16,20 @@ import pytest
 
 import tome_fx
 
-ARROW = ["__init__", "explain", "api", "capture", "inputs", "specialize", "trace", "rewrite", "ops", "plan"]
+ARROW = [
+    "__init__",
+    "diagnose",
+    "explain",
+    "schedule",
+    "api",
+    "capture",
+    "inputs",
+    "specialize",
+    "trace",
+    "rewrite",
+    "ops",
+    "plan",
+]
 PACKAGE = Path(tome_fx.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -66,17 +66,21 @@ def random_tokens(
     return torch.randn(batch, count, channels, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def matched(tokens: Tensor, grid: Grid, ratio: float, seed: int | None = None) -> Tensor:
+def match(tokens: Tensor, grid: Grid, ratio: float, seed: int | None = None) -> ops.SlotMap | None:
     height, width, sx, sy = grid
-    slot = ops.match(tokens, height, width, ratio=ratio, sx=sx, sy=sy, seed=seed)
-    assert slot is not None, "nothing is merged"
-    return slot
+    return ops.match(tokens, height, width, kept=plan.kept(height, width, ratio), sx=sx, sy=sy, seed=seed)
+
+
+def matched(tokens: Tensor, grid: Grid, ratio: float, seed: int | None = None) -> ops.SlotMap:
+    slots = match(tokens, grid, ratio, seed)
+    assert slots is not None, "nothing is merged"
+    return slots
 
 
 def round_trip(tokens: Tensor, grid: Grid, ratio: float, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    slot = matched(tokens, grid, ratio, seed)
-    merged = ops.merge(tokens, slot, ratio)
-    return slot, merged, ops.unmerge(merged, slot)
+    slots = matched(tokens, grid, ratio, seed)
+    merged = ops.merge(tokens, slots)
+    return slots.slot, merged, ops.unmerge(merged, slots)
 
 
 # The reference: plain loops, in float64.
@@ -206,19 +210,22 @@ def test_a_merge_keeps_k_tokens_unmerged_ones_exactly_and_ties_and_zeros_are_har
     tokens, grid, ratio, seed = case
     height, width, sx, sy = grid
     batch, count, channels = tokens.shape
-    slot = ops.match(tokens, height, width, ratio=ratio, sx=sx, sy=sy, seed=seed)
-    if int(count * ratio) == 0 or height < sy or width < sx:
-        assert slot is None
-        assert ops.merge(tokens, slot, ratio) is tokens
-        assert ops.unmerge(tokens, slot) is tokens
+    slots = match(tokens, grid, ratio, seed)
+    if height < sy or width < sx:
+        assert slots is None
+        assert ops.merge(tokens, slots) is tokens
+        assert ops.unmerge(tokens, slots) is tokens
         return
-    assert slot is not None
-    kept = assert_slot_map(slot, count, ratio, batch)
-    merged = ops.merge(tokens, slot, ratio)
-    restored = ops.unmerge(merged, slot)
+    assert slots is not None
+    kept = assert_slot_map(slots.slot, count, ratio, batch)
+    for places, order, start in zip(slots.slot.flatten().split(count), slots.order, slots.start, strict=True):
+        assert torch.equal(places.sort(stable=True).indices, order - order.min())
+        assert (start - start[0]).tolist() == [sum(place < k for place in places.tolist()) for k in range(kept)]
+    merged = ops.merge(tokens, slots)
+    restored = ops.unmerge(merged, slots)
     assert (merged.shape, restored.shape) == ((batch, kept, channels), tokens.shape)
     assert merged.isfinite().all()
-    for image, result, places in zip(tokens, restored, slot.tolist(), strict=True):
+    for image, result, places in zip(tokens, restored, slots.slot.tolist(), strict=True):
         for token, place in enumerate(places):
             group = image[[other == place for other in places]]
             if len(group) == 1:
@@ -230,10 +237,10 @@ def test_a_merge_keeps_k_tokens_unmerged_ones_exactly_and_ties_and_zeros_are_har
 @many
 @given(cases(), st.integers(-8, 8))
 def test_a_constant_image_is_left_exactly_as_it_is(case: Case, value: int) -> None:
-    tokens, (height, width, sx, sy), ratio, seed = case
+    tokens, grid, ratio, seed = case
     constant = torch.full_like(tokens, value)
-    slot = ops.match(constant, height, width, ratio=ratio, sx=sx, sy=sy, seed=seed)
-    assert torch.equal(ops.unmerge(ops.merge(constant, slot, ratio), slot), constant)
+    slots = match(constant, grid, ratio, seed)
+    assert torch.equal(ops.unmerge(ops.merge(constant, slots), slots), constant)
 
 
 @many
@@ -241,22 +248,26 @@ def test_a_constant_image_is_left_exactly_as_it_is(case: Case, value: int) -> No
 def test_a_token_that_is_not_finite_leaves_the_slot_map_whole_and_spoils_its_slot_alone(
     case: Case, value: float, number: int
 ) -> None:
-    tokens, (height, width, sx, sy), ratio, seed = case
+    tokens, grid, ratio, seed = case
     tokens[0, :number] = value
-    slot = ops.match(tokens, height, width, ratio=ratio, sx=sx, sy=sy, seed=seed)
-    if slot is None:
+    slots = match(tokens, grid, ratio, seed)
+    if slots is None:
         return
-    kept = assert_slot_map(slot, tokens.shape[1], ratio, tokens.shape[0])
-    merged = ops.merge(tokens, slot, ratio)
-    for image, means, places in zip(tokens, merged, slot.tolist(), strict=True):
+    kept = assert_slot_map(slots.slot, tokens.shape[1], ratio, tokens.shape[0])
+    merged = ops.merge(tokens, slots)
+    for image, means, places in zip(tokens, merged, slots.slot.tolist(), strict=True):
         for place in range(kept):
             group = image[[other == place for other in places]]
             assert means[place].isfinite().all() == group.isfinite().all()
 
 
 @pytest.mark.parametrize("ratio", [0, 0.0, 0.06])
-def test_a_ratio_too_small_for_one_token_matches_nothing(ratio: float) -> None:
-    assert ops.match(random_tokens(16), 4, 4, ratio=ratio, sx=2, sy=2, seed=None) is None
+def test_a_ratio_too_small_for_one_token_leaves_each_token_alone(ratio: float) -> None:
+    tokens = random_tokens(16)
+    slot, merged, restored = round_trip(tokens, (4, 4, 2, 2), ratio, 3)
+    assert assert_slot_map(slot, 16, ratio, 2) == 16
+    assert not torch.equal(merged, tokens)
+    assert torch.equal(restored, tokens)
 
 
 # Dtypes.
@@ -269,9 +280,9 @@ def test_a_match_does_not_depend_on_how_long_the_tokens_are(dtype: torch.dtype) 
     tokens = (tokens / tokens.abs().max() * 6e4).to(dtype)
     assert tokens.isfinite().all()
     assert tokens.abs().max() > 5.9e4
-    slot = matched(tokens, (7, 9, 2, 2), 0.5)
+    slot = matched(tokens, (7, 9, 2, 2), 0.5).slot
     assert_slot_map(slot, 63, 0.5, 2)
-    assert torch.equal(slot, matched(tokens * 2.0**-8, (7, 9, 2, 2), 0.5))
+    assert torch.equal(slot, matched(tokens * 2.0**-8, (7, 9, 2, 2), 0.5).slot)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -306,7 +317,7 @@ def test_a_match_chooses_as_well_as_scores_in_that_dtype_can(dtype: torch.dtype,
         low = tokens / tokens.norm(dim=-1, keepdim=True)  # tomesd's way, in this dtype
         scores = unit @ unit[:, cells].mT
         slack = 2 * ((low @ low[:, cells].mT).double() - scores).abs().max()
-        slot = matched(tokens.to(device), grid, 0.5, 5).cpu()
+        slot = matched(tokens.to(device), grid, 0.5, 5).slot.cpu()
         for image, places in zip(scores, slot.tolist(), strict=True):
             sources = [token for token in range(63) if token not in cells]
             joined = [token for token in sources if places[token] < len(cells)]
@@ -319,13 +330,13 @@ def test_a_match_chooses_as_well_as_scores_in_that_dtype_can(dtype: torch.dtype,
 
 def test_a_mean_is_finite_where_the_sum_does_not_fit_in_the_dtype() -> None:
     tokens = torch.full((1, 4, 8), 6e4, dtype=torch.float16)
-    assert torch.equal(ops.merge(tokens, matched(tokens, (2, 2, 2, 2), 0.75), 0.75), tokens[:, :1])
+    assert torch.equal(ops.merge(tokens, matched(tokens, (2, 2, 2, 2), 0.75)), tokens[:, :1])
 
 
 def test_float64_tokens_are_compared_in_float64() -> None:
     """Two cells of a 2 x 4 grid, whose destinations differ by less than float32 can tell."""
     angles = torch.tensor([[0.1 + 1e-10, 0, 0.1, 0, 0, 0, 0, 0]], dtype=torch.float64)
-    slot = matched(torch.stack([angles.cos(), angles.sin()], dim=-1), (2, 4, 2, 2), 0.75)
+    slot = matched(torch.stack([angles.cos(), angles.sin()], dim=-1), (2, 4, 2, 2), 0.75).slot
     assert slot.tolist() == [[0, 1, 1, 1, 1, 1, 1, 1]]
 
 
@@ -347,19 +358,20 @@ class Recorder(TorchDispatchMode):
 
 def test_unmerge_is_one_gather() -> None:
     tokens = random_tokens(63)
-    slot, merged, _ = round_trip(tokens, (7, 9, 2, 2), 0.5, 3)
+    slots = matched(tokens, (7, 9, 2, 2), 0.5, 3)
+    merged = ops.merge(tokens, slots)
     with Recorder() as recorder:
-        ops.unmerge(merged, slot)
+        ops.unmerge(merged, slots)
     assert recorder.names == ["gather"]
 
 
 def test_merge_and_unmerge_have_the_gradients_of_their_formulas() -> None:
     tokens = random_tokens(12, channels=2).requires_grad_()
-    slot = matched(tokens, (3, 4, 2, 2), 0.5, 3)
-    assert not slot.requires_grad
-    merged = ops.merge(tokens, slot, 0.5)
-    assert torch.autograd.gradcheck(lambda x: ops.merge(x, slot, 0.5), (tokens,))
-    assert torch.autograd.gradcheck(lambda y: ops.unmerge(y, slot), (merged.detach().requires_grad_(),))
+    slots = matched(tokens, (3, 4, 2, 2), 0.5, 3)
+    assert not any(tensor.requires_grad for tensor in slots)
+    merged = ops.merge(tokens, slots)
+    assert torch.autograd.gradcheck(lambda x: ops.merge(x, slots), (tokens,))
+    assert torch.autograd.gradcheck(lambda y: ops.unmerge(y, slots), (merged.detach().requires_grad_(),))
 
 
 def test_nothing_is_saved_for_a_backward_pass_through_the_match() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from tome_fx import ops
+from tome_fx import ops, plan
 from tome_fx.rewrite import insert_match, insert_merge
 from tome_fx.trace import Template
 
@@ -74,9 +74,9 @@ class Shifted(nn.Module):
         super().__init__()
         self.proj = nn.Linear(3, 3)
 
-    def forward(self, x: Tensor, gain: float = 1.0, slot: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, gain: float = 1.0, slots: ops.SlotMap | None = None) -> Tensor:
         y: Tensor = self.proj(x) * gain
-        return ops.unmerge(ops.merge(y, slot, RATIO), slot)
+        return ops.unmerge(ops.merge(y, slots), slots)
 
 
 class Stack(nn.Module):
@@ -96,7 +96,7 @@ class Stack(nn.Module):
 def by_template(module: nn.Module) -> fx.Graph:
     """Traced by our own tracer."""
     kinds = ("4d", "4d") if isinstance(module, Stack) else ("3d",)
-    return Template(module, (), ("checkpointed", "chunked", "positional")).trace(kinds, ())
+    return Template(type(module), module, (), ("checkpointed", "chunked", "positional")).trace(kinds, ())
 
 
 class LeafTracer(fx.Tracer):
@@ -165,9 +165,9 @@ def test_every_named_module_is_wrapped_in_one_merge_and_one_unmerge_and_no_other
     graph = trace(kind())
     before = counts(graph)
     named = [name for name in modules if hasattr(Block(), name)]
-    assert insert_merge(graph, modules, ratio=RATIO) == len(named)
+    assert insert_merge(graph, modules) == len(named)
     assert assert_paired(graph) == len(named)
-    assert counts(graph) - before == Counter({ops.merge: len(named), ops.unmerge: len(named), "slot": 1})
+    assert counts(graph) - before == Counter({ops.merge: len(named), ops.unmerge: len(named), "slots": 1})
     assert not before - counts(graph), "a node is gone"
     for name in ("norm", "attn", "ff"):
         (node,) = [node for node in graph.nodes if is_call_of(node, name)]
@@ -177,13 +177,13 @@ def test_every_named_module_is_wrapped_in_one_merge_and_one_unmerge_and_no_other
 
 def test_the_code_of_a_merged_block_reads_as_the_docstring_says() -> None:
     graph = by_template(Block())
-    insert_merge(graph, ("attn",), ratio=RATIO)
+    insert_merge(graph, ("attn",))
     assert code(graph) == [
-        "def forward(self, x, slot = None):",
+        "def forward(self, x, slots = None):",
         "norm = self.norm(x)",
-        "merge = tome_fx_ops_merge(norm, slot, 0.5)  # [B, K, C]",
+        "merge = tome_fx_ops_merge(norm, slots)  # [B, K, C]",
         "attn = self.attn(merge)  # [B, K, C]",
-        "unmerge = tome_fx_ops_unmerge(attn, slot)  # [B, N, C]",
+        "unmerge = tome_fx_ops_unmerge(attn, slots)  # [B, N, C]",
         "add = x + unmerge",
         "ff = self.ff(add)",
         "add_1 = add + ff",
@@ -195,17 +195,18 @@ def test_the_code_of_an_outer_graph_matches_before_each_named_block() -> None:
     graph = by_template(Stack())
     assert insert_match(graph, {"first": 7, "second": None}, image="image", ratio=RATIO, **STRIDES) == 2
     lines = code(graph)
-    assert lines[:7] == [
+    assert lines[:8] == [
         "def forward(self, noise, image):",
         "height = image.size(2)",
         "width = image.size(3)",
+        "kept = tome_fx_plan_kept(height, width, 0.5)",
         "flatten = image.flatten(2)",
         "getattr_1 = flatten.mT",
-        "match = tome_fx_ops_match(getattr_1, height, width, ratio = 0.5, sx = 2, sy = 2, seed = 7)  # [B, N]",
-        "first = self.first(getattr_1, gain = 2.0, slot = match)",
+        "match = tome_fx_ops_match(getattr_1, height, width, kept = kept, sx = 2, sy = 2, seed = 7)  # [B, N]",
+        "first = self.first(getattr_1, gain = 2.0, slots = match)",
     ]
     assert (
-        "match_1 = tome_fx_ops_match(first, height, width, ratio = 0.5, sx = 2, sy = 2, seed = None)  # [B, N]" in lines
+        "match_1 = tome_fx_ops_match(first, height, width, kept = kept, sx = 2, sy = 2, seed = None)  # [B, N]" in lines
     )
 
 
@@ -215,7 +216,7 @@ def test_a_block_that_is_not_named_gets_no_slot_map(trace: Trace) -> None:
     before = counts(graph)
     assert insert_match(graph, {"first": 1, "absent": 2}, image="image", ratio=RATIO, **STRIDES) == 1
     graph.lint()
-    assert counts(graph) - before == Counter({ops.match: 1, "size": 2})
+    assert counts(graph) - before == Counter({ops.match: 1, plan.kept: 1, "size": 2})
     (second,) = [node for node in graph.nodes if is_call_of(node, "second")]
     assert second.kwargs == {}
     assert ops.match not in {node.target for node in second.all_input_nodes}
@@ -243,7 +244,7 @@ def test_where_no_block_is_named_the_outer_graph_stays_as_it_was(trace: Trace) -
 @tracers
 def test_every_use_of_a_result_reads_it_unmerged(trace: Trace) -> None:
     graph = trace(Repeated())
-    assert insert_merge(graph, ("attn",), ratio=RATIO) == 2
+    assert insert_merge(graph, ("attn",)) == 2
     assert assert_paired(graph) == 2
     first, second = [node for node in graph.nodes if node.target is ops.unmerge]
     (output,) = [node for node in graph.nodes if node.op == "output"]
@@ -256,8 +257,8 @@ def test_every_use_of_a_result_reads_it_unmerged(trace: Trace) -> None:
 @tracers
 def test_the_shape_of_what_the_pass_touches_is_in_the_metadata(trace: Trace) -> None:
     graph = trace(Indirect())
-    insert_merge(graph, ("attn", "ff"), ratio=RATIO)
-    expected = {ops.merge: "[B, K, C]", ops.unmerge: "[B, N, C]", "slot": "[B, N]"}
+    insert_merge(graph, ("attn", "ff"))
+    expected: dict[Any, str] = {ops.merge: "[B, K, C]", ops.unmerge: "[B, N, C]"}
     expected |= {checkpointed: "[B, K, C]", chunked: "[B, K, C]"}
     for node in graph.nodes:
         assert node.meta.get("shape") == expected.get(node.target)
@@ -276,7 +277,7 @@ def test_rewriting_the_same_module_again_prints_the_same_code(kind: type[nn.Modu
         if kind is Stack:
             insert_match(graph, {"first": 7, "second": 8}, image="image", ratio=RATIO, **STRIDES)
         else:
-            insert_merge(graph, ("attn", "ff"), ratio=RATIO)
+            insert_merge(graph, ("attn", "ff"))
         printed.append(graph.python_code("self").src)
     assert printed[0] == printed[1]
 
@@ -284,24 +285,28 @@ def test_rewriting_the_same_module_again_prints_the_same_code(kind: type[nn.Modu
 # Numerics: what the graph computes is what the same lines compute by hand.
 
 
-def tokens_and_slot() -> tuple[Tensor, Tensor]:
+def matched(x: Tensor, height: int, width: int, seed: int | None) -> ops.SlotMap | None:
+    return ops.match(x, height, width, kept=plan.kept(height, width, RATIO), **STRIDES, seed=seed)
+
+
+def tokens_and_slots() -> tuple[Tensor, ops.SlotMap]:
     x = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0))
-    slot = ops.match(x, 3, 4, ratio=RATIO, **STRIDES, seed=1)
-    assert slot is not None
-    return x, slot
+    slots = matched(x, 3, 4, 1)
+    assert slots is not None
+    return x, slots
 
 
 @tracers
 @pytest.mark.parametrize("kind", [Block, Indirect])
 def test_a_merged_block_computes_what_merge_and_unmerge_by_hand_give(kind: type[Block], trace: Trace) -> None:
-    block, (x, slot) = kind(), tokens_and_slot()
+    block, (x, slots) = kind(), tokens_and_slots()
     graph = trace(block)
-    insert_merge(graph, ("attn", "ff"), ratio=RATIO)
+    insert_merge(graph, ("attn", "ff"))
     rewritten = fx.GraphModule(block, graph)
     assert torch.equal(rewritten(x), block(x)), "a block that is given no slot map is not the original"
-    y = x + ops.unmerge(block.attn(ops.merge(block.norm(x), slot, RATIO)), slot)
-    y = y + ops.unmerge(block.ff(ops.merge(y, slot, RATIO)), slot)
-    torch.testing.assert_close(rewritten(x, slot), y, rtol=1e-6, atol=1e-6)
+    y = x + ops.unmerge(block.attn(ops.merge(block.norm(x), slots)), slots)
+    y = y + ops.unmerge(block.ff(ops.merge(y, slots)), slots)
+    torch.testing.assert_close(rewritten(x, slots), y, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(y, block(x)), "merging has changed nothing, so this shows nothing"
 
 
@@ -312,8 +317,8 @@ def test_an_outer_graph_computes_what_matches_by_hand_give(trace: Trace) -> None
     graph = trace(stack)
     insert_match(graph, {"first": 7, "second": None}, image="image", ratio=RATIO, **STRIDES)
     x = image.flatten(2).mT
-    x = stack.first(x, gain=2.0, slot=ops.match(x, 4, 5, ratio=RATIO, **STRIDES, seed=7))
-    x = stack.second(x, slot=ops.match(x, 4, 5, ratio=RATIO, **STRIDES, seed=None))
+    x = stack.first(x, gain=2.0, slots=matched(x, 4, 5, 7))
+    x = stack.second(x, slots=matched(x, 4, 5, None))
     expected = x.mT.reshape(image.shape) + noise
     torch.testing.assert_close(fx.GraphModule(stack, graph)(noise, image), expected, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(expected, stack(noise, image)), "merging has changed nothing, so this shows nothing"
@@ -330,7 +335,7 @@ def test_a_block_called_through_a_function_without_keywords_is_handed_its_slot_m
     graph = trace(stack)
     assert insert_match(graph, {"first": 7}, image="image", ratio=RATIO, **STRIDES) == 1
     x = image.flatten(2).mT
-    expected = stack.first(x, slot=ops.match(x, 4, 5, ratio=RATIO, **STRIDES, seed=7))
+    expected = stack.first(x, slots=matched(x, 4, 5, 7))
     torch.testing.assert_close(fx.GraphModule(stack, graph)(image, image), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -377,7 +382,7 @@ def merge_nothing(graph: fx.Graph, merge: fx.Node, call: fx.Node, unmerge: fx.No
 )
 def test_the_check_for_pairs_sees_a_broken_pair(damage: Callable[..., None], complaint: str) -> None:
     graph = by_template(Repeated())
-    insert_merge(graph, ("attn",), ratio=RATIO)
+    insert_merge(graph, ("attn",))
     merge = next(node for node in graph.nodes if node.target is ops.merge)
     (call,) = merge.users
     (unmerge,) = call.users

@@ -219,7 +219,7 @@ def test_an_item_of_a_dict_that_forward_reads_reaches_it() -> None:
 
 def test_inputs_keep_their_names_and_defaults() -> None:
     module = Branches()
-    template = Template(module, ("twice",), ())
+    template = Template(type(module), module, ("twice",), ())
     for signature in (("3d", None, None, False), ("3d", "3d", (("bias", "3d"),), True)):
         graph = template.trace(signature, (False,))
         graph.lint()

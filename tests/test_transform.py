@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module  # type: ignore[import-untyped]
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -235,15 +235,15 @@ def test_a_block_has_one_merge_and_one_unmerge_around_each_module_asked_for(chos
     for block in blocks(result).values():
         nodes = {node.target: node for node in block.graph.nodes}
         assert calls(block.graph)[ops.merge] == calls(block.graph)[ops.unmerge] == len(chosen)
-        assert calls(block.graph)["slot"] == 1
+        assert calls(block.graph)["slots"] == 1
         for module in ("attn1", "attn2", "ff"):
             node = nodes[module]
             (user,) = node.users
             if module in modules:
                 assert node.args[0].target is ops.merge
-                assert node.args[0].args[1:] == (nodes["slot"], 0.25)
+                assert node.args[0].args[1:] == (nodes["slots"],)
                 assert user.target is ops.unmerge
-                assert user.args == (node, nodes["slot"])
+                assert user.args == (node, nodes["slots"])
             else:
                 assert node.args[0].target is not ops.merge
                 assert user.target is not ops.unmerge
@@ -270,7 +270,7 @@ def test_the_levels_reached_have_one_match_per_block_and_the_others_none(
             by_name = {node.target: node for node in transformer.graph.nodes}
             for i in range(len(transformer.transformer_blocks)):
                 call = by_name[f"transformer_blocks.{i}"]
-                match = call.kwargs["slot"]
+                match = call.kwargs["slots"]
                 assert match.target is ops.match
                 assert match.args[0] is call.args[0]  # matched by what the block is given, not by an older state
 
@@ -279,7 +279,7 @@ def test_nodes_and_printed_code_bear_the_shapes_of_tokens() -> None:
     result = transform(two_stages())
     block, transformer = next(iter(blocks(result).values())), next(iter(transformers(result).values()))
     shapes = {node.name: node.meta["shape"] for node in block.graph.nodes if "shape" in node.meta}
-    assert shapes == {"slot": "[B, N]", "merge": "[B, K, C]", "attn1": "[B, K, C]", "unmerge": "[B, N, C]"}
+    assert shapes == {"merge": "[B, K, C]", "attn1": "[B, K, C]", "unmerge": "[B, N, C]"}
     shapes = {node.name: node.meta["shape"] for node in transformer.graph.nodes if "shape" in node.meta}
     assert shapes == {"match": "[B, N]"}
     lines = [line.split() for line in block.graph.python_code("self").src.splitlines()]
@@ -580,7 +580,7 @@ def test_a_model_that_is_transformed_already_is_an_error(build: Callable[[], Any
     result = transform(build(), ratio=0.25)
     with (
         untouched(result),
-        pytest.raises(TransformError, match=r"transformed already, at down_blocks\.0.*the original"),
+        pytest.raises(TransformError, match=r"transformed already: .*set_ratio, or transform the original"),
     ):
         transform(result, ratio=0.5)
 

@@ -1,15 +1,30 @@
-"""The public verb: check the arguments, copy the structure, swap the classes."""
+"""The public verbs: check the arguments, copy the structure, swap the classes.
+
+NOTE [A forward of the model's own]
+dynamo compiles one code object at most 8 times, and every UNet of a process has the same forward. So a transformed
+model has a copy of that function on the instance, whose code object belongs to the plan: each ratio has the limit
+to itself, and models of the same plan share what is compiled. The code does nothing that the original's does not.
+A new ratio puts another code object into the same function, and so reaches it through whatever offloading hooks have
+been wrapped around it since.
+"""
 
 import copy
+import types
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
-from tome_fx.capture import MODELS, rewritten_classes
+from tome_fx.capture import MODELS, merged_sites, rewritten_classes
 from tome_fx.plan import Plan, TransformError
+from tome_fx.rewrite import RATIO_SIZE
+from tome_fx.specialize import original, own_code
 
 Model = TypeVar("Model", bound=nn.Module)
+
+MERGING = "tome_fx"  # the attribute of a transformed model that holds its Merging
 
 
 def transform(
@@ -24,6 +39,7 @@ def transform(
     merge_attn: bool = True,
     merge_crossattn: bool = False,
     merge_mlp: bool = False,
+    dynamic_ratio: bool = False,
 ) -> Model:
     """Give a UNet token merging: similar image tokens are averaged before attention and copied back after it.
 
@@ -46,6 +62,9 @@ def transform(
         merge_attn: Merge around self-attention, where the cost is quadratic.
         merge_crossattn: Merge around cross-attention as well. Costs quality for little speed.
         merge_mlp: Merge around the feed-forward as well. Costs quality.
+        dynamic_ratio: Make the number of kept tokens a dynamic size, so that one compiled graph serves every ratio
+            that `set_ratio` gives it. The ratio is then a whole number of thousandths, and 0 still matches. False
+            compiles once for each ratio, which runs faster.
 
     Raises:
         TypeError: An argument is of the wrong type; `model` is a pipeline, say.
@@ -65,13 +84,87 @@ def transform(
         merge_attn=merge_attn,
         merge_crossattn=merge_crossattn,
         merge_mlp=merge_mlp,
+        dynamic_ratio=dynamic_ratio,
     )
     _check_model(model)
-    classes = rewritten_classes(model, plan)
     result = share(model)
-    for path, cls in classes.items():
-        result.get_submodule(path).__class__ = cls
+    forward: Any = type(model).forward
+    entry = types.FunctionType(
+        forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    vars(entry).update(vars(forward))
+    result.forward = types.MethodType(entry, result)
+    _install(result, Merging(plan, entry))
     return result
+
+
+def set_ratio(model: nn.Module, ratio: float) -> None:
+    """Change the ratio of a transformed model in place, compiled or not; its weights and all else stay.
+
+    A model compiled whole, or block by block, compiles once more on its first call at a new ratio and not at all at
+    a ratio it has had before. With `dynamic_ratio=True` it never compiles again.
+
+    Args:
+        model: What `transform` returned, or what `torch.compile` made of it. A copy of it keeps its own ratio.
+        ratio: Share of the tokens to remove, as for `transform`.
+
+    Raises:
+        TypeError: `ratio` is not a number, or `model` of a kind that cannot be transformed.
+        ValueError: `ratio` is out of range. The model is left as it was.
+        TransformError: The model is not transformed.
+    """
+    model, merging = transformed(model)
+    _install(model, replace(merging, plan=replace(merging.plan, ratio=ratio)))
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What a transformed model knows of itself.
+
+    Args:
+        plan: What is merged.
+        forward: The model's own function; see NOTE [A forward of the model's own].
+    """
+
+    plan: Plan
+    forward: types.FunctionType
+
+
+def transformed(model: nn.Module) -> tuple[nn.Module, Merging]:
+    """The model itself, out of what `torch.compile` wraps around it, and its merging.
+
+    Raises:
+        TypeError: `model` is of a kind that cannot be transformed at all.
+        TransformError: The model is not transformed.
+    """
+    model = getattr(model, "_orig_mod", model)
+    _check_type(model)
+    merging = getattr(model, MERGING, None)
+    if merging is None:
+        raise TransformError(f"{type(model).__name__} is not transformed: pass what tome_fx.transform returned")
+    return model, merging
+
+
+def plain(model: Model) -> Model:
+    """A copy of a transformed model without its merging, sharing parameters and buffers."""
+    result = share(model)
+    for module in result.modules():
+        module.__class__ = original(type(module))
+    return result
+
+
+def _install(model: nn.Module, merging: Merging) -> None:
+    plan = merging.plan
+    for path, cls in rewritten_classes(model, plan).items():
+        model.get_submodule(path).__class__ = cls
+    if plan.dynamic_ratio:
+        for site in merged_sites(model, plan):
+            size = torch.empty(plan.ratio_size, 0, device="cpu")
+            torch._dynamo.mark_dynamic(size, 0)
+            setattr(model.get_submodule(site.transformer), RATIO_SIZE, size)
+    forward: Any = type(model).forward
+    merging.forward.__code__ = own_code(forward, replace(plan, ratio=0) if plan.dynamic_ratio else plan)
+    setattr(model, MERGING, merging)
 
 
 def share(model: Model) -> Model:
@@ -79,18 +172,24 @@ def share(model: Model) -> Model:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
-def _check_model(model: object) -> None:
-    expected = " or ".join(cls.__name__ for cls in MODELS)
+def _check_type(model: object) -> None:
+    if not isinstance(model, MODELS):
+        expected = " or ".join(cls.__name__ for cls in MODELS)
+        hint = "; pass pipe.unet, not the pipeline" if hasattr(model, "unet") else ""
+        raise TypeError(f"model must be a {expected}, got {type(model).__name__}{hint}")
+
+
+def _check_model(model: nn.Module) -> None:
     name = type(model).__name__
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise TransformError(f"model is compiled already ({name}): transform it first, then compile the result")
-    if not isinstance(model, MODELS):
-        hint = "; pass pipe.unet, not the pipeline" if hasattr(model, "unet") else ""
-        raise TypeError(f"model must be a {expected}, got {name}{hint}")
+    _check_type(model)
+    if hasattr(model, MERGING):
+        raise TransformError(
+            "model is transformed already: change its ratio with tome_fx.set_ratio, or transform the original instead"
+        )
     for path, module in model.named_modules():
         where = f"{path} ({type(module).__name__})"
-        if hasattr(type(module), "rewrite"):
-            raise TransformError(f"model is transformed already, at {where}: transform the original instead")
         if module._compiled_call_impl is not None:
             raise TransformError(f"model is compiled already, at {where}: transform it first, then compile the result")
         if "forward" in vars(module):

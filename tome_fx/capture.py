@@ -43,32 +43,33 @@ class Site:
 
 @dataclass(frozen=True)
 class MatchPass:
-    """The pass for a `Transformer2DModel`: a slot map for each of its blocks."""
+    """The pass for a `Transformer2DModel`: a slot map for each of its blocks. A ratio of None is a dynamic one."""
 
-    plan: Plan
+    ratio: float | None
+    sx: int
+    sy: int
     seeds: tuple[tuple[str, int | None], ...]
 
     def __call__(self, graph: fx.Graph) -> int:
         """Change the graph in place; returns how many blocks were matched for."""
-        p, seeds = self.plan, dict(self.seeds)
-        count = insert_match(graph, seeds, image="hidden_states", ratio=p.ratio, sx=p.sx, sy=p.sy)
+        seeds = dict(self.seeds)
+        count = insert_match(graph, seeds, image="hidden_states", ratio=self.ratio, sx=self.sx, sy=self.sy)
         _require(count, tuple(seeds), graph)
         return count
 
 
 @dataclass(frozen=True)
 class MergePass:
-    """The pass for a `BasicTransformerBlock`: each scope's module sees merged tokens."""
+    """The pass for a `BasicTransformerBlock`: each scope's module sees merged tokens, at whatever ratio."""
 
-    ratio: float
     scopes: tuple[str, ...]
 
     def __call__(self, graph: fx.Graph) -> int:
         """Change the graph in place; returns how many modules were wrapped."""
         for node in graph.nodes:
-            if node.target in self.scopes and self.ratio:
+            if node.target in self.scopes:
                 _refuse_masks(node)
-        count = insert_merge(graph, self.scopes, ratio=self.ratio)
+        count = insert_merge(graph, self.scopes)
         _require(count, self.scopes, graph)
         return count
 
@@ -85,8 +86,8 @@ def find_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
-def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]]:
-    """The new class for each module that the plan changes, by its path in the model.
+def merged_sites(model: nn.Module, plan: Plan) -> list[Site]:
+    """The sites that the plan reaches.
 
     Raises:
         TransformError: The plan reaches no block of the model.
@@ -105,48 +106,43 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
             f"max_downsample={plan.max_downsample} reaches no block of {type(model).__name__}: its finest "
             f"attention is at a downsampling of {finest}; pass max_downsample={finest} or more, or None for the finest"
         )
-    chosen = [site for site in sites if site.downsample <= deepest]
-    _refuse_large_strides(model, plan, finest)
+    return [site for site in sites if site.downsample <= deepest]
+
+
+def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]]:
+    """The new class for each module that the plan changes, by its path in the model.
+
+    Raises:
+        TransformError: The plan reaches no block of the model.
+        ValueError: A stride is larger than the model's token grid.
+    """
+    chosen = merged_sites(model, plan)
+    _refuse_large_strides(model, plan, min(site.downsample for site in chosen))
+    scopes = plan.scopes if plan.matches else ()
+    ratio = None if plan.dynamic_ratio else plan.ratio
 
     # Blocks that nothing is matched for are rewritten too: handed no slot map they do what they did, and blocks of
     # merged and unmerged levels compile as one (NOTE [One class per distinct graph]).
     classes = {
         site.path: specialize(
             model.get_submodule(site.path),
-            MergePass(plan.ratio, plan.scopes),
+            MergePass(scopes),
             example={"hidden_states": "3d", "encoder_hidden_states": "3d"},
             live=("training", "_chunk_size", "_chunk_dim"),
             leaves=("_chunked_feed_forward",),
         )
-        for site in sites
+        for site in find_sites(model)
     }
     for path in dict.fromkeys(site.transformer for site in chosen):
         seeds = {site.block: plan.site_seed(site.number) for site in chosen if site.transformer == path}
         classes[path] = specialize(
             model.get_submodule(path),
-            MatchPass(plan, tuple(seeds.items())),
+            MatchPass(ratio, plan.sx, plan.sy, tuple(seeds.items()) if plan.matches else ()),
             example={"hidden_states": "4d", "encoder_hidden_states": "3d", "return_dict": False},
             live=("training", "gradient_checkpointing"),
             leaves=("_gradient_checkpointing_func",),
         )
     return classes
-
-
-def merged_sites(model: nn.Module) -> tuple[Plan, list[Site]]:
-    """The plan of a transformed model and the sites it reaches.
-
-    Raises:
-        TransformError: The model is not transformed.
-    """
-    plan, chosen = None, []
-    for site in find_sites(model):
-        match_pass = getattr(model.get_submodule(site.transformer), "rewrite", None)
-        if match_pass is not None and site.block in dict(match_pass.seeds):
-            plan = match_pass.plan
-            chosen.append(site)
-    if plan is None:
-        raise TransformError(f"{type(model).__name__} is not transformed: pass what tome_fx.transform returned")
-    return plan, chosen
 
 
 def _stages(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:

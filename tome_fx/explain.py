@@ -8,8 +8,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from tome_fx.api import share
-from tome_fx.capture import MODELS, merged_sites
+from tome_fx.api import plain, share, transformed
+from tome_fx.capture import merged_sites
 from tome_fx.inputs import example_inputs
 from tome_fx.plan import Grid, downsampled, integer
 
@@ -86,21 +86,15 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
         ValueError: `height` or `width` is below 1.
         TransformError: The model is not transformed, or asks for inputs that are not known here.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    if not isinstance(model, MODELS):
-        raise TypeError(f"model must be what tome_fx.transform returned, got {type(model).__name__}")
+    model, merging = transformed(model)
     for name, size in (("height", height), ("width", width)):
         if integer(name, size) < 1:
             raise ValueError(f"{name} must be at least 1 latent, got {size}")
-    plan, sites = merged_sites(model)
-    plain = share(model)
-    for module in plain.modules():
-        if hasattr(type(module), "rewrite"):
-            module.__class__ = type(module).__base__
-    before, after = _flops(plain, height, width), _flops(share(model), height, width)  # a copy is not compiled
+    plan = merging.plan
+    before, after = _flops(plain(model), height, width), _flops(share(model), height, width)  # a copy is not compiled
 
     rows = []
-    for site in sites:
+    for site in merged_sites(model, plan):
         side = downsampled(height, site.downsample), downsampled(width, site.downsample)
         grid = Grid(*side, plan.sx, plan.sy, plan.ratio)
         rows.append(
@@ -113,7 +107,7 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
                 kept=grid.kept,
                 scopes=plan.scopes,
                 flops_before=before[site.path],
-                flops_after=after[site.path] + grid.match_flops(site.channels),
+                flops_after=after[site.path] + plan.matches * grid.match_flops(site.channels),
                 note=grid.note,
             )
         )

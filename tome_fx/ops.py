@@ -1,7 +1,7 @@
 """The three operations of token merging: `match` finds a slot map, `merge` and `unmerge` apply it.
 
-A slot map `slot [B, N]` gives every token its place in the merged sequence of K tokens. It is None where there
-is nothing to merge; both `merge` and `unmerge` are then the identity.
+A slot map gives every token its place in the merged sequence of K tokens. It is None where no token can be merged;
+both `merge` and `unmerge` are then the identity.
 
 All shapes follow from the arguments' shapes and from Python numbers, never from data, so that one graph serves
 every input. Nothing draws random numbers.
@@ -11,7 +11,13 @@ No float is ever added atomically. `merge` sums the tokens of a slot in their or
 whose every output is owned by one thread. The one scatter writes each index once. Two runs agree bit for bit.
 The price is that Inductor leaves the sorts, the search and the bag sum to ATen: a scatter_add would be one kernel, but
 its atomics add in any order on a GPU, and on a CPU it is no faster.
+
+NOTE [K is a shape]
+K is known where the match is made and travels as the length of `SlotMap.start`. Whoever merges reads it there, so that
+a merge is the same code at every ratio, and only the graphs that hold a match know one.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,34 +26,44 @@ from torch import Tensor
 from tome_fx import plan
 
 
-def match(
-    tokens: Tensor, height: int, width: int, *, ratio: float, sx: int, sy: int, seed: int | None
-) -> Tensor | None:
+class SlotMap(NamedTuple):
+    """The whole plan of a merge of N tokens to K. All tensors are int64.
+
+    Args:
+        slot: `[B, N]`, each token's place in the merged sequence, in `[0, K)`. Destinations come first, in the order
+            of their cells, then the sources that stay alone.
+        order: `[B, N]`, all tokens sorted by their slot, as rows of the batch's `[B * N, C]`.
+        start: `[B, K]`, where the tokens of each slot begin among the `B * N` of `order`.
+    """
+
+    slot: Tensor
+    order: Tensor
+    start: Tensor
+
+
+def match(tokens: Tensor, height: int, width: int, *, kept: int, sx: int, sy: int, seed: int | None) -> SlotMap | None:
     """Plan a merge: which tokens join which destination, by cosine similarity.
 
-    Every whole `sy x sx` cell of the grid gives one destination, all other tokens are sources. The
-    `int(N * ratio)` sources most similar to any destination join that destination.
+    Every whole `sy x sx` cell of the grid gives one destination, all other tokens are sources. The `N - kept` sources
+    most similar to any destination join that destination.
 
     Args:
         tokens: Image tokens, `[B, N, C]` with `N = height * width`, in row-major order. Not differentiated.
         height: Rows of the token grid.
         width: Columns of the token grid.
-        ratio: Share of the tokens to remove, from 0 to `1 - 1 / (sx * sy)`.
+        kept: K, the tokens to keep, from the number of whole cells to N.
         sx: Width of a cell, in tokens.
         sy: Height of a cell, in tokens.
         seed: Chooses the destination in each cell, pseudo-randomly; None takes the top left of every cell.
 
     Returns:
-        slot: int64 `[B, N]` with values in `[0, K)`, `K = N - int(N * ratio)`: destinations come first, in the
-        order of their cells, then the sources that stay alone. None where nothing merges: at a ratio too small
-        for one token, or on a grid smaller than a cell.
+        The slot map, or None on a grid smaller than a cell.
 
     Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion" (2023), section 4.
     """
     batch, count, _ = tokens.shape
-    removed = count - plan.kept(count, ratio)
     cells = (height // sy) * (width // sx)
-    if removed == 0 or cells == 0:
+    if cells == 0:
         return None
 
     order = destinations_first(height, width, sx, sy, seed, tokens.device)
@@ -56,54 +72,54 @@ def match(
     best, nearest = similarity.max(dim=-1)
 
     # Ranking rather than comparing with a threshold merges exactly `removed` tokens, whatever ties or NaNs there are.
+    removed = count - kept
     ranked = best.argsort(dim=1, descending=True, stable=True)
     rank = torch.arange(count - cells, device=tokens.device)
     source_slot = torch.where(rank < removed, nearest.gather(1, ranked), cells + rank - removed)
 
     cell = torch.arange(cells, device=tokens.device).expand(batch, cells)
     token = torch.cat([order[:cells].expand(batch, cells), order[cells:][ranked]], dim=1)
-    return torch.empty_like(token).scatter_(1, token, torch.cat([cell, source_slot], dim=1))
+    slot = torch.empty_like(token).scatter_(1, token, torch.cat([cell, source_slot], dim=1))
+
+    in_order, token = slot.sort(dim=1, stable=True)
+    start = torch.searchsorted(in_order, torch.arange(kept, device=slot.device).repeat(batch, 1))
+    row = count * torch.arange(batch, device=slot.device)[:, None]
+    return SlotMap(slot, token + row, start + row)
 
 
-def merge(tokens: Tensor, slot: Tensor | None, ratio: float) -> Tensor:
+def merge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
     """The mean of each slot's tokens.
 
     Args:
         tokens: `[B, N, C]`.
-        slot: int64 `[B, N]` from `match`, or None.
-        ratio: The ratio that `slot` was matched for; gives K as a static number.
+        slots: From `match`.
 
     Returns:
-        `[B, K, C]`, or `tokens` itself where `slot` is None.
+        `[B, K, C]`, or `tokens` itself where `slots` is None.
     """
-    if slot is None:
+    if slots is None:
         return tokens
-    batch, count, channels = tokens.shape
-    kept = plan.kept(count, ratio)
-    ordered, order = slot.sort(dim=1, stable=True)
-    start = torch.searchsorted(ordered, torch.arange(kept, device=slot.device).repeat(batch, 1))
-    row = count * torch.arange(batch, device=slot.device)[:, None]
-    flat = tokens.reshape(batch * count, channels)
+    flat = tokens.flatten(0, 1)
     if flat.dtype == torch.float16 and flat.device.type == "cpu":
         flat = flat.float()  # a GPU sums in float32 by itself, a CPU in float16, where a sum may not fit
     # A bag sum reads each token once and needs no copy in slot order; see NOTE [Determinism].
-    bags = F.embedding_bag((order + row).flatten(), flat, (start + row).flatten(), mode="mean")
-    return bags.to(tokens.dtype).view(batch, kept, channels)
+    bags = F.embedding_bag(slots.order.flatten(), flat, slots.start.flatten(), mode="mean")
+    return bags.to(tokens.dtype).view(*slots.start.shape, -1)
 
 
-def unmerge(tokens: Tensor, slot: Tensor | None) -> Tensor:
+def unmerge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
     """Give every token of the grid a copy of its slot: one gather.
 
     Args:
         tokens: Merged tokens, `[B, K, C]`.
-        slot: int64 `[B, N]` from `match`, or None.
+        slots: From `match`.
 
     Returns:
-        `[B, N, C]`, or `tokens` itself where `slot` is None.
+        `[B, N, C]`, or `tokens` itself where `slots` is None.
     """
-    if slot is None:
+    if slots is None:
         return tokens
-    return tokens.gather(1, slot[..., None].expand(-1, -1, tokens.shape[-1]))
+    return tokens.gather(1, slots.slot[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def destinations_first(height: int, width: int, sx: int, sy: int, seed: int | None, device: torch.device) -> Tensor:

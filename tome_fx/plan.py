@@ -1,7 +1,13 @@
 """What to merge, in plain numbers: a frozen, checked plan and the arithmetic of the token grid.
 
-No tensor is touched here. `kept` and `scramble` are written so that they also serve symbolic ints and int
-tensors: `ops` calls the same two functions while it runs.
+No tensor is touched here. `kept`, `kept_by_size` and `scramble` are written so that they also serve symbolic ints and
+int tensors: graphs call the same functions while they run.
+
+NOTE [A ratio as a size]
+A number that a module holds is a constant to dynamo: one compile for each value. A size of a tensor may be dynamic.
+So with `dynamic_ratio` a module holds an empty tensor whose length says the ratio in thousandths, and one graph serves
+every ratio. The length is 2 at a ratio of 0, for dynamo takes the sizes 0 and 1 as constants too. Thousandths keep
+every product below 2**31, which index arithmetic on a GPU needs.
 """
 
 import math
@@ -13,6 +19,8 @@ __version__ = "0.1.0"
 # The sub-modules of a transformer block that a scope merges around, in the order in which they run.
 SCOPES = {"merge_attn": "attn1", "merge_crossattn": "attn2", "merge_mlp": "ff"}
 DOWNSAMPLES = (1, 2, 4, 8)
+
+NO_RATIO, THOUSAND = 2, 1000  # see NOTE [A ratio as a size]
 
 
 class TransformError(RuntimeError):
@@ -37,6 +45,7 @@ class Plan:
     merge_attn: bool = True
     merge_crossattn: bool = False
     merge_mlp: bool = False
+    dynamic_ratio: bool = False
 
     def __post_init__(self) -> None:
         for name in ("sx", "sy"):
@@ -55,13 +64,15 @@ class Plan:
             )
         if self.max_downsample is not None and integer("max_downsample", self.max_downsample) not in DOWNSAMPLES:
             raise ValueError(f"max_downsample must be None or one of {DOWNSAMPLES}, got {self.max_downsample}")
-        for name in ("use_rand", *SCOPES):
+        for name in ("use_rand", *SCOPES, "dynamic_ratio"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not 0 <= integer("seed", self.seed) < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
         if self.seed and not self.use_rand:
             raise ValueError(f"seed={self.seed} does nothing with use_rand=False; leave it at 0")
+        if self.dynamic_ratio and round(self.ratio, 3) != self.ratio:
+            raise ValueError(f"ratio must be a whole number of thousandths with dynamic_ratio=True, got {self.ratio}")
         if not self.scopes:
             raise ValueError(f"nothing to merge: at least one of {', '.join(SCOPES)} must be True")
 
@@ -69,6 +80,16 @@ class Plan:
     def scopes(self) -> tuple[str, ...]:
         """The sub-modules to merge around, a subset of `SCOPES`' values."""
         return tuple(module for scope, module in SCOPES.items() if getattr(self, scope))
+
+    @property
+    def matches(self) -> bool:
+        """Whether tokens are compared at all: a graph made for a ratio of 0 alone has no match in it."""
+        return self.dynamic_ratio or self.ratio > 0
+
+    @property
+    def ratio_size(self) -> int:
+        """The ratio as a size: see NOTE [A ratio as a size]."""
+        return NO_RATIO + round(self.ratio * THOUSAND)
 
     def site_seed(self, site: int) -> int | None:
         """The seed of the `site`-th block of a model, or None where destinations are each cell's top left."""
@@ -98,7 +119,7 @@ class Grid:
     @property
     def kept(self) -> int:
         """Tokens after a merge; all of them where the grid holds no whole cell."""
-        return kept(self.tokens, self.ratio) if self.cells else self.tokens
+        return kept(self.height, self.width, self.ratio) if self.cells else self.tokens
 
     @property
     def merged(self) -> int:
@@ -114,12 +135,20 @@ class Grid:
 
     def match_flops(self, channels: int) -> int:
         """Multiply-adds of the score matrix, times two: every source against every destination."""
-        return 2 * (self.tokens - self.cells) * self.cells * channels if self.merged else 0
+        return 2 * (self.tokens - self.cells) * self.cells * channels
 
 
-def kept(tokens: int, ratio: float) -> int:
-    """Tokens that remain of `tokens`: tomesd's rounding, `tokens - int(tokens * ratio)`."""
-    return tokens - int(tokens * ratio)
+def kept(height: int, width: int, ratio: float) -> int:
+    """Tokens that remain of `height x width`: tomesd's rounding, `tokens - int(tokens * ratio)`."""
+    tokens = height * width
+    return tokens - math.floor(tokens * ratio)  # not int(), which would make a constant of a symbolic number
+
+
+def kept_by_size(height: int, width: int, ratio: Any) -> int:
+    """The same for a ratio given as the length of a tensor: see NOTE [A ratio as a size]."""
+    tokens = height * width
+    removed: int = tokens * (ratio.shape[0] - NO_RATIO) // THOUSAND
+    return tokens - removed
 
 
 def scramble(x: Any) -> Any:

@@ -6,28 +6,30 @@ Nothing here knows diffusers. A graph is a `torch.fx.Graph`; the modules to act 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
-from tome_fx import ops
+from tome_fx import ops, plan
+
+RATIO_SIZE = "ratio_size"  # the attribute that holds a ratio as a size: see NOTE [A ratio as a size]
 
 
-class WithSlot:
+class WithSlots:
     """A block together with its slot map, for functions that call a block with positional arguments alone.
 
     Not a `functools.partial`, whose `__call__` dynamo cannot trace.
     """
 
-    def __init__(self, block: Callable[..., Any], slot: Tensor | None) -> None:
+    def __init__(self, block: Callable[..., Any], slots: ops.SlotMap | None) -> None:
         self.block = block
-        self.slot = slot
+        self.slots = slots
 
     def __call__(self, *args: Any) -> Any:
         """Call the block."""
-        return self.block(*args, slot=self.slot)
+        return self.block(*args, slots=self.slots)
 
 
 def insert_match(
-    graph: fx.Graph, seeds: Mapping[str, int | None], *, image: str, ratio: float, sx: int, sy: int
+    graph: fx.Graph, seeds: Mapping[str, int | None], *, image: str, ratio: float | None, sx: int, sy: int
 ) -> int:
     """Plan a merge before each named block and hand the block its slot map.
 
@@ -38,14 +40,15 @@ def insert_match(
     After::
 
         height = image.size(2); width = image.size(3)
-        match = match(tokens, height, width, ratio=0.5, sx=2, sy=2, seed=7)
-        x = self.block(tokens, slot=match)
+        kept = kept(height, width, 0.5)
+        match = match(tokens, height, width, kept=kept, sx=2, sy=2, seed=7)
+        x = self.block(tokens, slots=match)
 
     Args:
         graph: Changed in place.
         seeds: The blocks' names in the graph, each with the seed of its destinations.
         image: Name of the input `[B, C, H, W]` whose grid the tokens lie on.
-        ratio: Share of the tokens to remove.
+        ratio: Share of the tokens to remove; None reads it off the module, by NOTE [A ratio as a size].
         sx: Width of a cell, in tokens.
         sy: Height of a cell, in tokens.
 
@@ -57,28 +60,32 @@ def insert_match(
         return 0
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     source = next(node for node in inputs if node.target == image)
-    with graph.inserting_after(inputs[-1]):
-        width = graph.create_node("call_method", "size", (source, 3), name="width")
+    with graph.inserting_before(inputs[-1].next):
         height = graph.create_node("call_method", "size", (source, 2), name="height")
+        width = graph.create_node("call_method", "size", (source, 3), name="width")
+        if ratio is None:
+            kept = graph.call_function(plan.kept_by_size, (height, width, graph.get_attr(RATIO_SIZE)))
+        else:
+            kept = graph.call_function(plan.kept, (height, width, ratio))
     for node, name, place in calls:
         with graph.inserting_before(node):
-            slot = graph.call_function(
+            slots = graph.call_function(
                 ops.match,
                 (node.args[place], height, width),
-                {"ratio": ratio, "sx": sx, "sy": sy, "seed": seeds[name]},
+                {"kept": kept, "sx": sx, "sy": sy, "seed": seeds[name]},
             )
             if place:  # called through a function, which may pass positional arguments alone
-                bound = graph.call_function(WithSlot, (node.args[place - 1], slot))
+                bound = graph.call_function(WithSlots, (node.args[place - 1], slots))
                 node.update_arg(place - 1, bound)
             else:
-                node.update_kwarg("slot", slot)
-        slot.meta["shape"] = "[B, N]"
+                node.update_kwarg("slots", slots)
+        slots.meta["shape"] = "[B, N]"
     _show_shapes(graph)
     return len(calls)
 
 
-def insert_merge(graph: fx.Graph, modules: Collection[str], *, ratio: float) -> int:
-    """Let each named module see merged tokens; adds the input `slot`.
+def insert_merge(graph: fx.Graph, modules: Collection[str]) -> int:
+    """Let each named module see merged tokens; adds the input `slots`.
 
     Before::
 
@@ -86,14 +93,13 @@ def insert_merge(graph: fx.Graph, modules: Collection[str], *, ratio: float) -> 
 
     After::
 
-        merge = merge(x, slot, 0.5)
+        merge = merge(x, slots)
         y = self.module(merge)
-        unmerge = unmerge(y, slot)
+        unmerge = unmerge(y, slots)
 
     Args:
         graph: Changed in place.
         modules: Names of modules that map tokens `[B, N, C]` to tokens, given as their first argument.
-        ratio: Share of the tokens that the slot map removes.
 
     Returns:
         How many modules were wrapped.
@@ -101,13 +107,12 @@ def insert_merge(graph: fx.Graph, modules: Collection[str], *, ratio: float) -> 
     calls = _calls(graph, modules)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     with graph.inserting_after(inputs[-1]):
-        slot = graph.placeholder("slot", default_value=None)
-    slot.meta["shape"] = "[B, N]"
+        slots = graph.placeholder("slots", default_value=None)
     for node, _, place in calls:
         with graph.inserting_before(node):
-            merged = graph.call_function(ops.merge, (node.args[place], slot, ratio))
+            merged = graph.call_function(ops.merge, (node.args[place], slots))
         with graph.inserting_after(node):
-            restored = graph.call_function(ops.unmerge, (node, slot))
+            restored = graph.call_function(ops.unmerge, (node, slots))
         node.replace_all_uses_with(restored)
         restored.update_arg(0, node)
         node.update_arg(place, merged)

@@ -29,6 +29,7 @@ from tome_fx.trace import Template, kind
 Pass = Callable[[fx.Graph], int]
 
 _classes: dict[Hashable, type[nn.Module]] = {}
+_codes: dict[Hashable, types.CodeType] = {}
 _lock = threading.RLock()
 
 
@@ -42,7 +43,7 @@ def specialize(
 ) -> type[nn.Module]:
     """The class whose forward is the rewritten graph of `module`'s; `module` itself is untouched.
 
-    The class derives from `type(module)` and bears its name, for those who look for either. `graphs` maps each
+    The class derives from the module's own and bears its name, for those who look for either. `graphs` maps each
     kind of call met so far to its graph, `graph` is the first of them, and `rewrite` is the pass.
 
     Args:
@@ -55,23 +56,48 @@ def specialize(
     Raises:
         TransformError: From the pass, where it cannot serve the example.
     """
-    template = Template(module, live, leaves)
+    template = Template(original(type(module)), module, live, leaves)
     kinds = tuple(example.get(p.name, kind(p.default)) for p in template.parameters)
     flags = tuple(template.attributes[name] for name in live)
-    graph = _rewritten(template, rewrite, kinds, flags)
-    key = (template.key, rewrite, graph.python_code("self").src)
+    exact = (template.key, repr(template.attributes), rewrite, kinds, flags)  # all that the graph can depend on
     with _lock:
-        if key not in _classes:
-            base = template.base
-            cls: Any = type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__})
-            cls.__qualname__ = base.__qualname__
-            cls.rewrite = staticmethod(rewrite)
-            cls.graph, cls.graphs, cls._methods = graph, {}, {}
-            cls._template = template
-            _add(cls, (kinds, flags), graph)
-            cls.forward = _dispatcher(cls)
-            _classes[key] = cls
-        return _classes[key]
+        if exact not in _classes:
+            graph = _rewritten(template, rewrite, kinds, flags)
+            key = (template.key, rewrite, graph.python_code("self").src)  # what it does depend on
+            if key not in _classes:
+                _classes[key] = _new_class(template, rewrite, (kinds, flags), graph)
+            _classes[exact] = _classes[key]
+        return _classes[exact]
+
+
+def _new_class(template: Template, rewrite: Pass, signature: Hashable, graph: fx.Graph) -> type[nn.Module]:
+    base = template.base
+    cls: Any = type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__})
+    cls.__qualname__ = base.__qualname__
+    cls.rewrite = staticmethod(rewrite)
+    cls.graph, cls.graphs, cls._methods = graph, {}, {}
+    cls._template = template
+    _add(cls, signature, graph)
+    cls.forward = _dispatcher(cls)
+    return cls  # type: ignore[no-any-return]
+
+
+def original(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that `specialize` derived this one from, or the class itself."""
+    return cls.__base__ if hasattr(cls, "rewrite") else cls  # type: ignore[return-value]
+
+
+def own_code(function: types.FunctionType, key: Hashable) -> types.CodeType:
+    """A copy of the function's code for each key: to dynamo another function, to a reader the same lines.
+
+    Its name is the same in every process and tells keys apart, for dynamo remembers by name which sizes were dynamic.
+    """
+    with _lock:
+        code = function.__code__
+        if (code, key) not in _codes:
+            digest = sha256(repr(key).encode()).hexdigest()[:12]
+            _codes[code, key] = code.replace(co_name=f"{code.co_name}_{digest}")
+        return _codes[code, key]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

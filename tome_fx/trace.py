@@ -32,14 +32,17 @@ class Template:
     """What a trace needs of a module, and no weight of it: class, plain attributes, names of children.
 
     Args:
-        module: The module whose forward is to be traced.
+        base: The class whose forward is to be traced.
+        module: Of that class, or of one derived from it with another forward.
         live: Names of attributes that forward reads and that are given anew for each trace.
         leaves: Names of functions to call from the graph, not to trace into: globals of forward's module or
             attributes of `module`. Each takes a child module, then the arguments to call it with.
     """
 
-    def __init__(self, module: nn.Module, live: tuple[str, ...], leaves: tuple[str, ...]) -> None:
-        self.base = type(module)
+    def __init__(
+        self, base: type[nn.Module], module: nn.Module, live: tuple[str, ...], leaves: tuple[str, ...]
+    ) -> None:
+        self.base = base
         self.live = live
         self.leaves = leaves
         self.parameters = tuple(inspect.signature(self.base.forward).parameters.values())[1:]

@@ -1,0 +1,186 @@
+"""What torch.compile makes of a transformed model, in plain words: graphs, breaks, recompiles, calls left to ATen."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tome_fx import ops
+from tome_fx.api import transformed
+
+# What to do about a recompile, by what the guard that failed says. The first that fits is told.
+ADVICE = (
+    ("size mismatch|stride mismatch|Eq\\(|shape", "pad to the sizes you compiled for, or compile with dynamic=True"),
+    ("dtype mismatch", "give every call the same dtype"),
+    ("requires_grad|grad_mode|inference", "run every call under the same torch.no_grad() or torch.inference_mode()"),
+    ("is None|NoneType|DICT_CONTAINS|keys\\(\\)|len\\(", "give every call the same optional inputs"),
+    (
+        "type_id|ID_MATCH|obj_id",
+        "a module or its class was exchanged, as set_ratio, a LoRA or a processor does: once each",
+    ),
+    ("training", "call eval() once, before the first call"),
+    ("", "TORCH_LOGS=recompiles shows the guard with its source"),
+)
+# The calls that a merge leaves to ATen by design: see NOTE [Determinism] in ops.py.
+EXPECTED = {
+    "sort": "two for each match: the ranking of the sources, the order of the slots",
+    "searchsorted": "one for each match: where each slot begins",
+    "_embedding_bag_forward_only": "one for each merge: the mean of each slot",
+    "_embedding_bag": "one for each merge: the mean of each slot",
+}
+UNEXPECTED = "not asked for by merging: please report it, with this printout"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something found: what it is and what to do about it."""
+
+    what: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found; `print` shows it in words.
+
+    `graphs` were compiled in the first call and `again` in a second one of the same inputs. `fallbacks` counts the
+    calls in the generated code of those ATen operations that a merge is made of, by name; None where nothing was
+    compiled, or not by Inductor.
+    """
+
+    title: str
+    graphs: int
+    again: int
+    breaks: tuple[Finding, ...]
+    recompiles: tuple[Finding, ...]
+    fallbacks: dict[str, int] | None
+
+    @property
+    def healthy(self) -> bool:
+        """No graph break, no recompile, nothing compiled in the second call, no fallback but the expected ones."""
+        return not (self.breaks or self.recompiles or self.again or (self.fallbacks or {}).keys() - EXPECTED.keys())
+
+    def __str__(self) -> str:
+        """Every finding with its advice."""
+        lines = [self.title, ""]
+        if self.graphs:
+            lines.append(f"{self.graphs} graph{'s' * (self.graphs > 1)} compiled in the first call.")
+        else:
+            lines.append("Nothing compiled in the first call: one like it had been made before.")
+        lines.append(f"{self.again or 'None'} compiled in a second call of the same inputs.")
+        for name, found in (("graph break", self.breaks), ("recompile", self.recompiles)):
+            lines.append(f"{len(found) or 'No'} {name}{'s' * (len(found) != 1)}{':' if found else '.'}")
+            lines += [f"- {finding.what}\n  What to do: {finding.advice}." for finding in found]
+        if self.fallbacks:
+            rows = [(name, count, EXPECTED.get(name, UNEXPECTED)) for name, count in sorted(self.fallbacks.items())]
+            lines += ["Calls that merging leaves to ATen:", tabulate(rows, ("operation", "calls", "why"))]
+        elif self.fallbacks is not None:
+            lines.append("Merging leaves no call to ATen.")
+        lines.append("All is well." if self.healthy else "There is something to mend.")
+        return "\n".join(lines)
+
+
+def diagnose(model: nn.Module, *args: Any, **kwargs: Any) -> Diagnosis:
+    """Call a compiled transformed model twice and say what dynamo and Inductor did.
+
+    The model is left as it is, but for what the calls compile: diagnose it first thing in a process to see all.
+
+    Args:
+        model: What `transform` returned, compiled whole, by `.compile()` or by `.compile_repeated_blocks()`.
+        args: Of the model's forward.
+        kwargs: Of the model's forward.
+
+    Raises:
+        TypeError: `model` is of a kind that cannot be transformed.
+        ValueError: `model` is not compiled.
+        TransformError: `model` is not transformed.
+    """
+    from torch._dynamo.utils import counters  # here and below: the compiler is slow to import
+
+    inner, merging = transformed(model)
+    if model is inner and not any(module._compiled_call_impl for module in model.modules()):
+        raise ValueError("model is not compiled: compile it first, then diagnose what torch.compile returned")
+    breaks_before = Counter(counters["graph_break"])
+    with _generated_code() as code:
+        graphs, recompiles = _call(model, args, kwargs)
+    again, repeated = _call(model, args, kwargs)
+    breaks = Counter(counters["graph_break"]) - breaks_before
+    return Diagnosis(
+        title=f"{type(inner).__name__}, ratio {merging.plan.ratio}, merging around {', '.join(merging.plan.scopes)}",
+        graphs=graphs,
+        again=again,
+        breaks=tuple(Finding(_first_line(what), _hint(what)) for what in breaks.elements()),
+        recompiles=tuple(Finding(what, _advice(what)) for what in (*recompiles, *repeated)),
+        fallbacks=_fallbacks(code) if code else None,
+    )
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, list[str]]:
+    """Call the model: how many graphs were compiled, and the guard that failed for each that was compiled anew."""
+    from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
+
+    graphs = counters["stats"]["unique_graphs"]
+    clear_compilation_metrics()
+    model(*args, **kwargs)
+    reasons = [metrics.recompile_reason for metrics in get_compilation_metrics() if metrics.recompile_reason]
+    return counters["stats"]["unique_graphs"] - graphs, reasons
+
+
+@contextmanager
+def _generated_code() -> Iterator[list[str]]:
+    """Everything that Inductor writes meanwhile, or takes from its cache."""
+    from torch._inductor.graph import GraphLowering
+
+    code: list[str] = []
+    hook: Any = GraphLowering
+    before, hook.save_output_code = hook.save_output_code, code.append
+    try:
+        yield code
+    finally:
+        hook.save_output_code = before
+
+
+class _Recorder(TorchDispatchMode):
+    """The names of the ATen operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def _fallbacks(code: list[str]) -> dict[str, int]:
+    """The calls of ATen in the generated code, by the names of operations that a merge is made of."""
+    tokens = torch.zeros(1, 4, 1)
+    with _Recorder() as recorder:
+        for seed in (None, 0):
+            slots = ops.match(tokens, 2, 2, kept=3, sx=2, sy=2, seed=seed)
+            for some in (tokens, tokens.clone().requires_grad_()):
+                ops.unmerge(ops.merge(some, slots), slots)
+    statements = [line.partition("#")[0] for text in code for line in text.splitlines()]
+    called = Counter(re.findall(r"\baten\.(\w+)[.\w]*\(", "\n".join(statements)))
+    return {name: count for name, count in called.items() if name in recorder.names}
+
+
+def _advice(reason: str) -> str:
+    return next(advice for pattern, advice in ADVICE if re.search(pattern, reason))
+
+
+def _first_line(reason: str) -> str:
+    return reason.strip().splitlines()[0]
+
+
+def _hint(reason: str) -> str:
+    """dynamo's own hint, of the reasons that have one."""
+    found = re.search(r"Hint: (.+)", reason)
+    return found[1].rstrip(".") if found else "compile with fullgraph=True to be shown the line of code"

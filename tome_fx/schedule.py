@@ -1,0 +1,84 @@
+"""A ratio that follows the denoising, driven by a pipeline's own callback."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from tome_fx.api import set_ratio, transformed
+from tome_fx.plan import TransformError
+
+
+class RatioSchedule:
+    """Changes the ratio of transformed models while a pipeline makes an image.
+
+    Early steps lay out the image and late ones its detail, so one may merge much first and little at the end::
+
+        schedule = tome_fx.RatioSchedule({0: 0.5, 0.4: 0.25, 0.8: 0}, pipe.unet)
+        image = pipe(prompt, callback_on_step_end=schedule).images[0]
+
+    A model that is compiled compiles each ratio once, in the first image. Nothing is left running between steps.
+
+    Args:
+        ratios: From the share of the steps that are done, 0 to below 1, to the ratio from there on. Holds 0.
+        models: What `transform` returned, or what `torch.compile` made of it: a UNet, a ControlNet. Their ratio
+            becomes the first one at once.
+
+    Raises:
+        TypeError: A share or a ratio is not a number, or a model of a kind that cannot be transformed.
+        ValueError: A share or a ratio is out of range, there is none for 0, or there is no model.
+        TransformError: A model is not transformed.
+    """
+
+    # What diffusers' MultiPipelineCallbacks asks of a callback: the names of the tensors that it reads.
+    tensor_inputs: tuple[str, ...] = ()
+
+    def __init__(self, ratios: Mapping[float, float], *models: nn.Module) -> None:
+        if not models:
+            raise ValueError("models must hold at least one transformed model: RatioSchedule(ratios, pipe.unet)")
+        for share in ratios:
+            if isinstance(share, bool) or not isinstance(share, (int, float)):
+                raise TypeError(f"ratios must map shares of the steps to ratios, got {share!r} for a share")
+            if not 0 <= share < 1:
+                raise ValueError(f"ratios must start at shares of the steps from 0 to below 1, got {share}")
+        if 0 not in ratios:
+            raise ValueError(f"ratios must say where to start, with an entry for 0; got {dict(ratios)}")
+        self.ratios = dict(sorted(ratios.items()))
+        self.models = models
+        for model in models:
+            plan = transformed(model)[1].plan
+            for ratio in self.ratios.values():
+                replace(plan, ratio=ratio)  # refuses what this model cannot have, before anything is changed
+        self.start()
+
+    def start(self) -> None:
+        """Go back to the first ratio. Only an image that was cut short makes this necessary."""
+        self._set(self.ratio_at(0, 1))
+
+    def ratio_at(self, step: int, steps: int) -> float:
+        """The ratio of the `step`-th of `steps` steps, counted from 0."""
+        return next(ratio for share, ratio in reversed(self.ratios.items()) if share <= step / steps)
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What a pipeline calls at the end of each step: sets the ratio of the next one, and of the next image's first.
+
+        Raises:
+            TransformError: The image began at another ratio than the schedule's first.
+        """
+        steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+        first = self.ratio_at(0, steps)
+        if step == 0:
+            for model in self.models:
+                found = transformed(model)[1].plan.ratio
+                if found != first:
+                    raise TransformError(
+                        f"the image began at a ratio of {found}, and its schedule begins at {first}: "
+                        "call schedule.start() after an image that was cut short or a change of the ratio"
+                    )
+        self._set(self.ratio_at((step + 1) % steps, steps))
+        return callback_kwargs
+
+    def _set(self, ratio: float) -> None:
+        for model in self.models:
+            set_ratio(model, ratio)
