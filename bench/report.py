@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import demo, measure, tables
+from bench import cold, demo, measure, tables
 from bench.cells import Cell
 from bench.variants import VARIANTS
 
@@ -31,6 +31,9 @@ def section(name: str, document: dict[str, Any]) -> str:
             f"ratios of the sweep: {', '.join(map(str, document['ratios']))}. {machine(document['machine'])}."
         )
         parts.append(demo.table(document))
+    if document["kind"] == "cold":
+        parts.append(f"{document['resolution']} px, UNet batch 1, fp32 on cpu. {machine(document['machine'])}.")
+        parts.append(cold.table(document))
     for entry in document.get("cells", ()):
         cell = Cell(**entry["cell"])
         parts.append(

@@ -82,9 +82,9 @@ def sample_first(unet: Callable[..., Any]) -> Callable[..., Any]:
     return lambda sample, **inputs: unet(sample, **inputs)
 
 
-def merged(unet: UNet2DConditionModel, setting: Setting) -> UNet2DConditionModel:
+def merged(unet: UNet2DConditionModel, setting: Setting, dynamic_ratio: bool = False) -> UNet2DConditionModel:
     """Our transform."""
-    return tome_fx.transform(unet, setting.ratio, **SCOPES[setting.scope])
+    return tome_fx.transform(unet, setting.ratio, dynamic_ratio=dynamic_ratio, **SCOPES[setting.scope])
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,9 @@ VARIANTS = {
     "compile": Variant("torch.compile alone", lambda u, s: compiled(u, s), merges=False),
     "tome_fx": Variant("ours, eager", merged),
     "tome_fx+compile": Variant("ours under torch.compile", lambda u, s: compiled(merged(u, s), s)),
+    "tome_fx+dynamic+compile": Variant(
+        "ours with dynamic_ratio=True: one graph for every ratio", lambda u, s: compiled(merged(u, s, True), s)
+    ),
     "oracle+compile": Variant("our graph with free matching and merging", lambda u, s: compiled(oracle(u, s), s)),
     "todo+compile": Variant("keys and values downsampled by 2 x 2", lambda u, s: compiled(downsampled(u, s), s)),
     # last, for what it breaks stays broken: see ISOLATED

@@ -20,7 +20,7 @@ ADVICE = (
     ("size mismatch|stride mismatch|Eq\\(|shape", "pad to the sizes you compiled for, or compile with dynamic=True"),
     ("dtype mismatch", "give every call the same dtype"),
     ("requires_grad|grad_mode|inference", "run every call under the same torch.no_grad() or torch.inference_mode()"),
-    ("is None|NoneType|DICT_CONTAINS|keys\\(\\)|len\\(", "give every call the same optional inputs"),
+    ("is None|NoneType|DICT_CONTAINS|keys\\(\\)|len\\(", "give every call the same inputs in the same way"),
     (
         "type_id|ID_MATCH|obj_id",
         "a module or its class was exchanged, as set_ratio, a LoRA or a processor does: once each",
@@ -40,10 +40,11 @@ UNEXPECTED = "not asked for by merging: please report it, with this printout"
 
 @dataclass(frozen=True)
 class Finding:
-    """Something found: what it is and what to do about it."""
+    """Something found: what it is, what to do about it, and how often it was met."""
 
     what: str
     advice: str
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,9 @@ class Diagnosis:
             lines.append("Nothing compiled in the first call: one like it had been made before.")
         lines.append(f"{self.again or 'None'} compiled in a second call of the same inputs.")
         for name, found in (("graph break", self.breaks), ("recompile", self.recompiles)):
-            lines.append(f"{len(found) or 'No'} {name}{'s' * (len(found) != 1)}{':' if found else '.'}")
-            lines += [f"- {finding.what}\n  What to do: {finding.advice}." for finding in found]
+            count = sum(finding.times for finding in found)
+            lines.append(f"{count or 'No'} {name}{'s' * (count != 1)}{':' if found else '.'}")
+            lines += [f"- {f.what}{f' ({f.times} times)' * (f.times > 1)}\n  What to do: {f.advice}." for f in found]
         if self.fallbacks:
             rows = [(name, count, EXPECTED.get(name, UNEXPECTED)) for name, count in sorted(self.fallbacks.items())]
             lines += ["Calls that merging leaves to ATen:", tabulate(rows, ("operation", "calls", "why"))]
@@ -116,8 +118,11 @@ def diagnose(model: nn.Module, *args: Any, **kwargs: Any) -> Diagnosis:
         title=f"{type(inner).__name__}, ratio {merging.plan.ratio}, merging around {', '.join(merging.plan.scopes)}",
         graphs=graphs,
         again=again,
-        breaks=tuple(Finding(_first_line(what), _hint(what)) for what in breaks.elements()),
-        recompiles=tuple(Finding(what, _advice(what)) for what in (*recompiles, *repeated)),
+        breaks=tuple(Finding(_first_line(what), _hint(what), times) for what, times in breaks.items()),
+        recompiles=tuple(
+            Finding(what, _advice(what), times)
+            for what, times in Counter(map(_guard, (*recompiles, *repeated))).items()
+        ),
         fallbacks=_fallbacks(code) if code else None,
     )
 
@@ -172,12 +177,17 @@ def _fallbacks(code: list[str]) -> dict[str, int]:
     return {name: count for name, count in called.items() if name in recorder.names}
 
 
+def _guard(reason: str) -> str:
+    """The guard alone: without the compile that it belongs to and the line of code that follows it."""
+    return re.sub(r"^\d+/\d+: ", "", _first_line(reason)).partition("  #")[0].strip()
+
+
 def _advice(reason: str) -> str:
     return next(advice for pattern, advice in ADVICE if re.search(pattern, reason))
 
 
 def _first_line(reason: str) -> str:
-    return reason.strip().splitlines()[0]
+    return reason.strip().splitlines()[0].strip()
 
 
 def _hint(reason: str) -> str:

@@ -1,0 +1,91 @@
+"""`python -m bench cold`: seconds to compile from nothing, with and without token merging, whole and block by block."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch._inductor.utils import fresh_cache
+from tqdm import tqdm
+
+from bench import latency, measure, models, variants
+from tome_fx.api import share
+
+MODES = ("default", "regional")
+WAYS: dict[str, Callable[[Any], nn.Module]] = {
+    "stock": share,
+    "tome_fx": lambda unet: variants.merged(unet, variants.Setting()),
+}
+
+
+def run(names: list[str], resolution: int, rounds: int, path: Path) -> dict[str, Any]:
+    """Measure in interleaved rounds, writing the JSON after each, and return it."""
+    document: dict[str, Any] = {
+        "schema": 1,
+        "kind": "cold",
+        "note": latency.NOTE,
+        "argv": sys.argv[1:],
+        "machine": measure.machine(),
+        "resolution": resolution,
+        "models": {name: {mode: {way: [] for way in WAYS} for mode in MODES} for name in names},
+    }
+    with tqdm(total=len(names) * len(MODES) * len(WAYS) * rounds, file=sys.stderr, leave=False) as bar:
+        for name in names:
+            unet = models.build(name)
+            inputs = models.inputs(unet, resolution, 1)
+            for _ in range(rounds):
+                for mode in MODES:
+                    for way, make in WAYS.items():
+                        bar.set_postfix_str(f"{name} {mode} {way}")
+                        model = variants.compiled(make(unet), variants.Setting(mode=mode))
+                        document["models"][name][mode][way].append(compile_seconds(model, inputs))
+                        measure.write(path, document)
+                        bar.update()
+    return document
+
+
+def compile_seconds(model: nn.Module, inputs: dict[str, Any]) -> float:
+    """What a first call takes longer than a second, with every cache empty."""
+    torch._dynamo.reset()
+    seconds = []
+    with fresh_cache(), torch.no_grad():
+        for _ in range(2):
+            start = time.perf_counter()
+            model(**inputs)
+            seconds.append(time.perf_counter() - start)
+    return seconds[0] - seconds[1]
+
+
+def table(document: dict[str, Any]) -> str:
+    """Medians, and the ratio taken within each round."""
+    lines = []
+    for name, modes in document["models"].items():
+        for mode, ways in modes.items():
+            stock, ours = ways["stock"], ways["tome_fx"]
+            ratios = [b / a for a, b in zip(stock, ours, strict=False)]
+            if ratios:
+                what = "block by block" if mode == "regional" else "whole"
+                row = [name, what, f"{median(stock):.1f}", f"{median(ours):.1f}", f"{median(ratios):.2f}x"]
+                lines.append([*row, f"{min(ratios):.2f} - {max(ratios):.2f}", len(ratios)])
+    heads = ("model", "compiled", "stock s", "tome_fx s", "tome_fx / stock", "range", "rounds")
+    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench cold`."""
+    parser.add_argument("--model", nargs="+", default=["tiny"], help=f"{', '.join(models.CONFIGS)} or a folder")
+    parser.add_argument("--resolution", type=int, default=512, help="pixels along a side")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=Path("out/cold.json"))
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run `python -m bench cold`."""
+    a = arguments
+    print(table(run(a.model, a.resolution, a.rounds, a.json)))

@@ -1,0 +1,126 @@
+"""The contract of `diagnose`: it counts what dynamo and Inductor did in two calls and says what to do about it.
+
+What is planted is found: a graph break with its reason, a recompile with the guard that failed, a call left to ATen
+that merging did not ask for. Where nothing is wrong it says so. The model, its results and torch's hooks stay.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import blocks, inputs, one_block, threads, two_stages
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch._inductor.graph import GraphLowering
+from torch._inductor.utils import fresh_cache
+
+from tome_fx import Diagnosis, Finding, TransformError, diagnose, set_ratio, transform
+
+# torch's own, on the first import of its compiler in a process
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    with threads(1), torch.no_grad():
+        yield
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def quick(model: Any, **options: Any) -> Any:
+    """Compiled without code generation."""
+    return torch.compile(model, backend=CompileCounterWithBackend("eager"), **options)
+
+
+def test_a_sound_model_is_said_to_be_one_and_what_inductor_leaves_to_aten_is_counted() -> None:
+    model = transform(one_block(), ratio=0.5, merge_mlp=True)
+    arguments = inputs(model, 16, 16)
+    compiled: Any = torch.compile(model, fullgraph=True)
+    with fresh_cache():
+        found = diagnose(compiled, **arguments)
+    assert (found.graphs, found.again, found.breaks, found.recompiles) == (1, 0, (), ())
+    assert found.fallbacks == {"sort": 2, "searchsorted": 1, "_embedding_bag_forward_only": 2}
+    assert found.healthy
+    assert str(found).startswith("UNet2DConditionModel, ratio 0.5, merging around attn1, ff\n\n1 graph compiled in the")
+    assert "None compiled in a second call" in str(found)
+    assert "No graph breaks." in str(found)
+    assert "two for each match" in str(found)
+    assert str(found).endswith("All is well.")
+    assert GraphLowering.save_output_code is None
+
+
+def test_blocks_compiled_in_place_are_a_compiled_model_and_nothing_new_is_told_apart() -> None:
+    model = transform(two_stages(), ratio=0.5)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    arguments = inputs(model, 16, 16)
+    assert diagnose(model, **arguments).graphs == 2  # a merged level and an unmerged one
+    found = diagnose(model, **arguments)
+    assert (found.graphs, found.again, found.fallbacks, found.healthy) == (0, 0, None, True)
+    assert "one like it had been made before" in str(found)
+
+
+def test_a_planted_graph_break_is_found_with_its_reason_and_an_advice() -> None:
+    model = transform(copy.deepcopy(one_block()), ratio=0.5)
+    (block,) = blocks(model).values()
+    block.attn2.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    found = diagnose(quick(model), **inputs(model, 16, 16))
+    assert found.graphs > 1
+    (broken,) = found.breaks
+    assert "graph_break()" in broken.what
+    assert broken.advice == "Remove the `torch._dynamo.graph_break()` call"
+    assert not found.healthy
+    assert " graph breaks:\n- " in str(found)
+    assert "What to do: " in str(found)
+    assert str(found).endswith("There is something to mend.")
+
+
+def test_a_recompile_is_found_with_the_guard_that_failed_and_an_advice() -> None:
+    model = transform(one_block(), ratio=0.5)
+    compiled = quick(model, fullgraph=True, dynamic=False)
+    compiled(**inputs(model, 16, 16))
+    found = diagnose(compiled, **inputs(model, 16, 24))
+    (recompile,) = found.recompiles
+    assert recompile.what.endswith("size mismatch at index 3. expected 16, actual 24")
+    assert "dynamic=True" in recompile.advice
+    found = diagnose(compiled, **{**inputs(model, 16, 24), "timestep": 3})
+    (recompile,) = found.recompiles
+    assert "timestep" in recompile.what
+    assert not found.healthy
+    set_ratio(compiled, 0.25)
+    found = diagnose(compiled, **inputs(model, 16, 16))
+    assert (found.graphs, found.recompiles, found.healthy) == (1, (), True), "a new ratio is a first compile"
+
+
+def test_a_call_left_to_aten_that_merging_does_not_ask_for_is_something_to_mend() -> None:
+    found = Diagnosis("a model", 1, 0, (), (), {"sort": 2, "scatter_reduce": 1})
+    assert not found.healthy
+    assert "please report it" in str(found)
+    assert Diagnosis("a model", 1, 0, (), (), {}).healthy
+    assert "Merging leaves no call to ATen." in str(Diagnosis("a model", 1, 0, (), (), {}))
+    again = Diagnosis("a model", 2, 1, (), (Finding("a guard", "an advice"),), None)
+    assert not again.healthy
+    assert "2 graphs compiled" in str(again)
+    assert "1 compiled in a second call" in str(again)
+    assert "1 recompile:\n- a guard\n  What to do: an advice." in str(again)
+
+
+def test_what_is_not_compiled_or_not_transformed_is_an_error() -> None:
+    model = transform(one_block(), ratio=0.5)
+    with pytest.raises(ValueError, match="model is not compiled: compile it first"):
+        diagnose(model, **inputs(model, 16, 16))
+    with pytest.raises(TransformError, match="is not transformed"):
+        diagnose(quick(one_block()), **inputs(model, 16, 16))
+    with pytest.raises(TypeError, match="model must be a UNet2DConditionModel or ControlNetModel, got Linear"):
+        diagnose(torch.nn.Linear(1, 1))
+
+
+def test_an_error_of_the_model_passes_through_and_leaves_torch_as_it_was() -> None:
+    model = transform(one_block(), ratio=0.5)
+    with pytest.raises(TypeError, match="timestep"):
+        diagnose(quick(model), inputs(model, 16, 16)["sample"])
+    assert GraphLowering.save_output_code is None
