@@ -57,7 +57,8 @@ ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in signature(tor
 def compiled(unet: nn.Module, setting: Setting, fullgraph: bool = True) -> nn.Module:
     """Compile the UNet the way that the mode says."""
     if setting.mode == "regional":
-        unet.compile_repeated_blocks(fullgraph=fullgraph, **ISOLATED)  # type: ignore[operator]
+        # not isolated, for then no block would share another's code
+        unet.compile_repeated_blocks(fullgraph=fullgraph)  # type: ignore[operator]
         return unet
     mode = None if setting.mode == "default" else setting.mode
     result: nn.Module = torch.compile(unet, fullgraph=fullgraph, mode=mode, **ISOLATED)  # type: ignore[call-overload]

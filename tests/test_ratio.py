@@ -259,10 +259,10 @@ def test_dynamic_sizes_and_a_dynamic_ratio_take_the_compiles_of_the_stock_model(
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("eager")
         compiled = whole(model, counter, dynamic=True)
-        for ratio in (0.5, 0.25, 0, 0.7):
+        for ratio in (0.022, 0.5, 0.25, 0, 0.7):  # the first is of the length of a side
             if name == "ours":
                 set_ratio(model, ratio)
-            for height, width in ((24, 24), (24, 20), (17, 40)):
+            for height, width in ((24, 24), (24, 22), (17, 40)):
                 arguments = inputs(model, height, width)
                 assert relative_error(output(compiled, arguments), output(model, arguments)) < 1e-5
         taken[name] = counter.frame_count

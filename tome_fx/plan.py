@@ -144,10 +144,10 @@ def kept(height: int, width: int, ratio: float) -> int:
     return tokens - math.floor(tokens * ratio)  # not int(), which would make a constant of a symbolic number
 
 
-def kept_by_size(height: int, width: int, ratio: Any) -> int:
+def kept_by_size(height: int, width: int, size: Any) -> int:
     """The same for a ratio given as the length of a tensor: see NOTE [A ratio as a size]."""
     tokens = height * width
-    removed: int = tokens * (ratio.shape[0] - NO_RATIO) // THOUSAND
+    removed: int = tokens * (size.shape[0] - NO_RATIO) // THOUSAND
     return tokens - removed
 
 

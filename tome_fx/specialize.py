@@ -59,15 +59,16 @@ def specialize(
     template = Template(original(type(module)), module, live, leaves)
     kinds = tuple(example.get(p.name, kind(p.default)) for p in template.parameters)
     flags = tuple(template.attributes[name] for name in live)
-    exact = (template.key, repr(template.attributes), rewrite, kinds, flags)  # all that the graph can depend on
     with _lock:
-        if exact not in _classes:
+        # First by all that the graph can depend on, which costs no trace, then by what it does depend on.
+        known = (template.key, template.data, rewrite, kinds, flags)
+        if template.data is None or known not in _classes:
             graph = _rewritten(template, rewrite, kinds, flags)
-            key = (template.key, rewrite, graph.python_code("self").src)  # what it does depend on
+            key = (template.key, rewrite, graph.python_code("self").src)
             if key not in _classes:
                 _classes[key] = _new_class(template, rewrite, (kinds, flags), graph)
-            _classes[exact] = _classes[key]
-        return _classes[exact]
+            _classes[known] = _classes[key]
+        return _classes[known]
 
 
 def _new_class(template: Template, rewrite: Pass, signature: Hashable, graph: fx.Graph) -> type[nn.Module]:

@@ -7,6 +7,7 @@ module is traced instead. Its children record their calls, so nothing is patched
 
 import dataclasses
 import inspect
+import json
 import operator
 import types
 from collections.abc import Callable, Hashable
@@ -64,6 +65,14 @@ class Template:
         """What a trace can depend on that is not a weight or a width."""
         flags = tuple((k, v) for k, v in self.attributes.items() if isinstance(v, (bool, str)) and k not in self.live)
         return self.base, self.live, self.leaves, flags, tuple(self.tensors), tuple(self.children.items())
+
+    @property
+    def data(self) -> str | None:
+        """All plain attributes as one string, or None where one of them is more than data."""
+        try:
+            return json.dumps(self.attributes)
+        except TypeError:
+            return None
 
     def trace(self, signature: tuple[Hashable, ...], flags: tuple[Hashable, ...]) -> fx.Graph:
         """The graph of a call whose arguments are of these kinds, while the live attributes have these values."""
