@@ -11,6 +11,7 @@ from bench.cells import Cell
 from bench.variants import VARIANTS
 
 RESULTS = Path(__file__).parent / "results"
+WATERFALL = ("vanilla", "sdpa", "compile", "tome_fx+compile")
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -80,6 +81,7 @@ def plots(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
                     (cell.resolution, entry)
                     for cell, entry in cells
                     if (cell.model, cell.ratio, cell.scope, cell.batch) == (model, 0.5, "attn", 1)
+                    and entry["rows"].keys() >= set(WATERFALL)
                 ),
                 key=lambda pair: pair[0],
             )
@@ -101,7 +103,7 @@ def plots(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
                 )
                 left.legend(fontsize=8)
             side, entry = chosen[-1]
-            steps = [v for v in ("vanilla", "sdpa", "compile", "tome_fx+compile") if entry["rows"][v]["samples_ms"]]
+            steps = [v for v in WATERFALL if entry["rows"][v]["samples_ms"]]
             heights = [median(entry["rows"][v]["samples_ms"]) for v in steps]
             bars = right.bar(steps, heights, color=["0.7", "0.6", "0.5", "tab:green"][-len(steps) :])
             right.bar_label(bars, fmt="%.0f ms")

@@ -13,7 +13,7 @@ import torch
 from models import relative_error
 from torch import Tensor
 
-from bench import demo, latency, measure, models, report, tables, variants
+from bench import cold, demo, latency, measure, models, report, tables, variants
 from bench.cells import Cell, suite
 from tome_fx.api import share
 
@@ -270,3 +270,20 @@ def test_markers_that_are_missing_are_named() -> None:
 def test_the_demo_counts_compiles_of_a_sweep() -> None:
     first, again = demo.sweep("tome_fx+compile", models.build("tiny"))
     assert (first, again) == (len(demo.RATIOS), 0)
+
+
+def test_only_a_file_with_every_step_of_the_waterfall_makes_a_plot(tmp_path: Path) -> None:
+    documents = {name: measure.read(report.RESULTS / f"{name}.json") for name in ("cold", "cpu", "ratio")}
+    assert [path.name for path in report.plots(documents, tmp_path)] == ["cpu-tiny.png", "cpu-sd15.png"]
+
+
+def test_seconds_to_compile_are_taken_from_both_ways_in_each_round(tmp_path: Path, monkeypatch: Any) -> None:
+    seconds = iter([10.0, 11.0, 4.0, 2.0, 20.0, 18.0, 4.0, 6.0])
+    monkeypatch.setattr(cold, "compile_seconds", lambda model, inputs: next(seconds))
+    document = cold.run(["tiny"], 64, 2, tmp_path / "cold.json")
+    assert document["models"]["tiny"]["default"] == {"stock": [10.0, 20.0], "tome_fx": [11.0, 18.0]}
+    assert document["models"]["tiny"]["regional"] == {"stock": [4.0, 4.0], "tome_fx": [2.0, 6.0]}
+    assert measure.read(tmp_path / "cold.json") == document
+    lines = cold.table(document).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == "tiny,whole,15.0,14.5,1.00x,0.90 - 1.10,2".split(",")
+    assert "block by block" in lines[3]

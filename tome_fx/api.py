@@ -63,8 +63,8 @@ def transform(
         merge_crossattn: Merge around cross-attention as well. Costs quality for little speed.
         merge_mlp: Merge around the feed-forward as well. Costs quality.
         dynamic_ratio: Make the number of kept tokens a dynamic size, so that one compiled graph serves every ratio
-            that `set_ratio` gives it. The ratio is then a whole number of thousandths, and 0 still matches. False
-            compiles once for each ratio, which runs faster.
+            that `set_ratio` gives it. The ratio is then a whole number of thousandths, and at 0 tokens are still
+            matched. False compiles once for each ratio, and 0 is free.
 
     Raises:
         TypeError: An argument is of the wrong type; `model` is a pipeline, say.
