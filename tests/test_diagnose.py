@@ -17,6 +17,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
 
 from tome_fx import Diagnosis, Finding, TransformError, diagnose, set_ratio, transform
+from tome_fx.diagnose import _fallbacks
 
 # torch's own, on the first import of its compiler in a process
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -64,7 +65,7 @@ def test_blocks_compiled_in_place_are_a_compiled_model_and_nothing_new_is_told_a
     assert "one like it had been made before" in str(found)
 
 
-def test_a_planted_graph_break_is_found_with_its_reason_and_an_advice() -> None:
+def test_a_planted_graph_break_is_found_with_its_reason_and_advice() -> None:
     model = transform(copy.deepcopy(one_block()), ratio=0.5)
     (block,) = blocks(model).values()
     block.attn2.register_forward_hook(lambda *_: torch._dynamo.graph_break())
@@ -76,10 +77,10 @@ def test_a_planted_graph_break_is_found_with_its_reason_and_an_advice() -> None:
     assert not found.healthy
     assert " graph breaks:\n- " in str(found)
     assert "What to do: " in str(found)
-    assert str(found).endswith("There is something to mend.")
+    assert str(found).endswith("Something needs mending.")
 
 
-def test_a_recompile_is_found_with_the_guard_that_failed_and_an_advice() -> None:
+def test_a_recompile_is_found_with_the_guard_that_failed_and_advice() -> None:
     model = transform(one_block(), ratio=0.5)
     compiled = quick(model, fullgraph=True, dynamic=False)
     compiled(**inputs(model, 16, 16))
@@ -107,6 +108,18 @@ def test_a_call_left_to_aten_that_merging_does_not_ask_for_is_something_to_mend(
     assert "2 graphs compiled" in str(again)
     assert "1 compiled in a second call" in str(again)
     assert "1 recompile:\n- a guard\n  What to do: an advice." in str(again)
+
+
+def test_calls_of_aten_are_found_in_generated_code_under_the_names_that_inductor_gives_them() -> None:
+    code = "buf1 = torch.ops.aten.sort.stable(buf0)\n  aten.addmm(buf1, buf0)  # aten.sort(\nextern_kernels.mm(buf0)"
+    assert _fallbacks([code]) == {"sort": 1}
+    assert _fallbacks(["aten.scatter_(buf)", "torch.ops.aten.gather.default(buf)"]) == {"scatter_": 1, "gather": 1}
+
+
+def test_a_forward_that_is_kept_from_compiling_is_an_error() -> None:
+    model = transform(copy.deepcopy(one_block()), ratio=0.5)
+    with torch._dynamo.config.patch(disable=True), pytest.raises(ValueError, match="nothing of the model ran compiled"):
+        diagnose(quick(model), **inputs(model, 16, 16))
 
 
 def test_what_is_not_compiled_or_not_transformed_is_an_error() -> None:

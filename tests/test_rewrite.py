@@ -59,6 +59,9 @@ class Repeated(Block):
         return self.attn(y) + y * 2, y
 
 
+SLOTS = "[B, N], [B, N], [B, K]"  # the shapes in a slot map
+
+
 class Indirect(Block):
     """Modules called through functions."""
 
@@ -202,11 +205,12 @@ def test_the_code_of_an_outer_graph_matches_before_each_named_block() -> None:
         "kept = tome_fx_plan_kept(height, width, 0.5)",
         "flatten = image.flatten(2)",
         "getattr_1 = flatten.mT",
-        "match = tome_fx_ops_match(getattr_1, height, width, kept = kept, sx = 2, sy = 2, seed = 7)  # [B, N]",
+        "match = tome_fx_ops_match(getattr_1, height, width, kept = kept, sx = 2, sy = 2, seed = 7)  # " + SLOTS,
         "first = self.first(getattr_1, gain = 2.0, slots = match)",
     ]
     assert (
-        "match_1 = tome_fx_ops_match(first, height, width, kept = kept, sx = 2, sy = 2, seed = None)  # [B, N]" in lines
+        "match_1 = tome_fx_ops_match(first, height, width, kept = kept, sx = 2, sy = 2, seed = None)  # " + SLOTS
+        in lines
     )
 
 
@@ -264,7 +268,9 @@ def test_the_shape_of_what_the_pass_touches_is_in_the_metadata(trace: Trace) -> 
         assert node.meta.get("shape") == expected.get(node.target)
     graph = trace(Stack())
     insert_match(graph, {"first": 7}, image="image", ratio=RATIO, **STRIDES)
-    assert {n.target: n.meta["shape"] for n in graph.nodes if "shape" in n.meta} == {ops.match: "[B, N]"}
+    assert {n.target: n.meta["shape"] for n in graph.nodes if "shape" in n.meta} == {
+        ops.match: "[B, N], [B, N], [B, K]"
+    }
 
 
 @tracers

@@ -281,7 +281,7 @@ def test_nodes_and_printed_code_bear_the_shapes_of_tokens() -> None:
     shapes = {node.name: node.meta["shape"] for node in block.graph.nodes if "shape" in node.meta}
     assert shapes == {"merge": "[B, K, C]", "attn1": "[B, K, C]", "unmerge": "[B, N, C]"}
     shapes = {node.name: node.meta["shape"] for node in transformer.graph.nodes if "shape" in node.meta}
-    assert shapes == {"match": "[B, N]"}
+    assert shapes == {"match": "[B, N], [B, N], [B, K]"}
     lines = [line.split() for line in block.graph.python_code("self").src.splitlines()]
     assert [line[0] for line in lines if line[-3:] == ["[B,", "K,", "C]"]] == ["merge", "attn1"]
     assert [line[0] for line in lines if line[-3:] == ["[B,", "N,", "C]"]] == ["unmerge"]

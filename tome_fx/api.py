@@ -4,8 +4,8 @@ NOTE [A forward of the model's own]
 dynamo compiles one code object at most 8 times, and every UNet of a process has the same forward. So a transformed
 model has a copy of that function on the instance, whose code object belongs to the plan: each ratio has the limit
 to itself, and models of the same plan share what is compiled. The code does nothing that the original's does not.
-A new ratio puts another code object into the same function, and so reaches it through whatever offloading hooks have
-been wrapped around it since.
+A new ratio makes a new function. Where offloading hooks have been wrapped around the old one, which then cannot be
+replaced, it is given the new code instead.
 """
 
 import copy
@@ -20,7 +20,7 @@ from torch import nn
 from tome_fx.capture import MODELS, merged_sites, rewritten_classes
 from tome_fx.plan import Plan, TransformError
 from tome_fx.rewrite import RATIO_SIZE
-from tome_fx.specialize import original, own_code
+from tome_fx.specialize import own_code
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -88,13 +88,7 @@ def transform(
     )
     _check_model(model)
     result = share(model)
-    forward: Any = type(model).forward
-    entry = types.FunctionType(
-        forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    vars(entry).update(vars(forward))
-    result.forward = types.MethodType(entry, result)
-    _install(result, Merging(plan, entry))
+    _install(result, plan)
     return result
 
 
@@ -114,7 +108,7 @@ def set_ratio(model: nn.Module, ratio: float) -> None:
         TransformError: The model is not transformed.
     """
     model, merging = transformed(model)
-    _install(model, replace(merging, plan=replace(merging.plan, ratio=ratio)))
+    _install(model, replace(merging.plan, ratio=ratio))
 
 
 @dataclass(frozen=True)
@@ -145,16 +139,7 @@ def transformed(model: nn.Module) -> tuple[nn.Module, Merging]:
     return model, merging
 
 
-def plain(model: Model) -> Model:
-    """A copy of a transformed model without its merging, sharing parameters and buffers."""
-    result = share(model)
-    for module in result.modules():
-        module.__class__ = original(type(module))
-    return result
-
-
-def _install(model: nn.Module, merging: Merging) -> None:
-    plan = merging.plan
+def _install(model: nn.Module, plan: Plan) -> None:
     for path, cls in rewritten_classes(model, plan).items():
         model.get_submodule(path).__class__ = cls
     if plan.dynamic_ratio:
@@ -163,8 +148,19 @@ def _install(model: nn.Module, merging: Merging) -> None:
             torch._dynamo.mark_dynamic(size, 0)
             setattr(model.get_submodule(site.transformer), RATIO_SIZE, size)
     forward: Any = type(model).forward
-    merging.forward.__code__ = own_code(forward, replace(plan, ratio=0) if plan.dynamic_ratio else plan)
-    setattr(model, MERGING, merging)
+    code = own_code(forward, replace(plan, ratio=0.0 if plan.dynamic_ratio else float(plan.ratio)))
+    merging, current = getattr(model, MERGING, None), vars(model).get("forward")
+    if merging is None or getattr(current, "__func__", None) is merging.forward:
+        entry = types.FunctionType(
+            code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+        )
+        entry.__kwdefaults__ = forward.__kwdefaults__
+        vars(entry).update(vars(forward))
+        model.forward = types.MethodType(entry, model)
+    else:
+        entry = merging.forward
+        entry.__code__ = code
+    setattr(model, MERGING, Merging(plan, entry))
 
 
 def share(model: Model) -> Model:

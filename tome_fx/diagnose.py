@@ -35,7 +35,6 @@ EXPECTED = {
     "_embedding_bag_forward_only": "one for each merge: the mean of each slot",
     "_embedding_bag": "one for each merge: the mean of each slot",
 }
-UNEXPECTED = "not asked for by merging: please report it, with this printout"
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,14 @@ class Diagnosis:
             lines.append(f"{count or 'No'} {name}{'s' * (count != 1)}{':' if found else '.'}")
             lines += [f"- {f.what}{f' ({f.times} times)' * (f.times > 1)}\n  What to do: {f.advice}." for f in found]
         if self.fallbacks:
-            rows = [(name, count, EXPECTED.get(name, UNEXPECTED)) for name, count in sorted(self.fallbacks.items())]
+            rows = [
+                (name, count, EXPECTED.get(name, "not asked for: please report it"))
+                for name, count in sorted(self.fallbacks.items())
+            ]
             lines += ["Calls that merging leaves to ATen:", tabulate(rows, ("operation", "calls", "why"))]
         elif self.fallbacks is not None:
             lines.append("Merging leaves no call to ATen.")
-        lines.append("All is well." if self.healthy else "There is something to mend.")
+        lines.append("All is well." if self.healthy else "Something needs mending.")
         return "\n".join(lines)
 
 
@@ -101,7 +103,7 @@ def diagnose(model: nn.Module, *args: Any, **kwargs: Any) -> Diagnosis:
 
     Raises:
         TypeError: `model` is of a kind that cannot be transformed.
-        ValueError: `model` is not compiled.
+        ValueError: `model` is not compiled, or nothing of it runs so.
         TransformError: `model` is not transformed.
     """
     from torch._dynamo.utils import counters  # here and below: the compiler is slow to import
@@ -112,29 +114,29 @@ def diagnose(model: nn.Module, *args: Any, **kwargs: Any) -> Diagnosis:
     breaks_before = Counter(counters["graph_break"])
     with _generated_code() as code:
         graphs, recompiles = _call(model, args, kwargs)
+    if not any(map(_compiled, (merging.forward, *{type(module).forward for module in inner.modules()}))):
+        raise ValueError("nothing of the model ran compiled: is torch.compile disabled, or its forward?")
     again, repeated = _call(model, args, kwargs)
     breaks = Counter(counters["graph_break"]) - breaks_before
     return Diagnosis(
         title=f"{type(inner).__name__}, ratio {merging.plan.ratio}, merging around {', '.join(merging.plan.scopes)}",
         graphs=graphs,
         again=again,
-        breaks=tuple(Finding(_first_line(what), _hint(what), times) for what, times in breaks.items()),
-        recompiles=tuple(
-            Finding(what, _advice(what), times)
-            for what, times in Counter(map(_guard, (*recompiles, *repeated))).items()
-        ),
+        breaks=tuple(_break(*item) for item in breaks.items()),
+        recompiles=tuple(_recompile(*item) for item in Counter(map(_guard, recompiles + repeated)).items()),
         fallbacks=_fallbacks(code) if code else None,
     )
 
 
 def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, list[str]]:
     """Call the model: how many graphs were compiled, and the guard that failed for each that was compiled anew."""
-    from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
+    from torch._dynamo.utils import counters, get_compilation_metrics
 
     graphs = counters["stats"]["unique_graphs"]
-    clear_compilation_metrics()
+    before = get_compilation_metrics()
     model(*args, **kwargs)
-    reasons = [metrics.recompile_reason for metrics in get_compilation_metrics() if metrics.recompile_reason]
+    new = [metrics for metrics in get_compilation_metrics() if not any(metrics is old for old in before)]
+    reasons = [metrics.recompile_reason for metrics in new if metrics.recompile_reason]
     return counters["stats"]["unique_graphs"] - graphs, reasons
 
 
@@ -160,12 +162,20 @@ class _Recorder(TorchDispatchMode):
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
+        self.names.add(func.overloadpacket.__name__.rstrip("_"))
         return func(*args, **(kwargs or {}))
 
 
+def _compiled(function: Any) -> bool:
+    """Whether dynamo holds compiled code for the function."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    code = getattr(function, "__code__", None)
+    return code is not None and bool(_debug_get_cache_entry_list(code))
+
+
 def _fallbacks(code: list[str]) -> dict[str, int]:
-    """The calls of ATen in the generated code, by the names of operations that a merge is made of."""
+    """The calls of ATen in the generated code, in place or not, by the names of operations that a merge is made of."""
     tokens = torch.zeros(1, 4, 1)
     with _Recorder() as recorder:
         for seed in (None, 0):
@@ -174,23 +184,20 @@ def _fallbacks(code: list[str]) -> dict[str, int]:
                 ops.unmerge(ops.merge(some, slots), slots)
     statements = [line.partition("#")[0] for text in code for line in text.splitlines()]
     called = Counter(re.findall(r"\baten\.(\w+)[.\w]*\(", "\n".join(statements)))
-    return {name: count for name, count in called.items() if name in recorder.names}
+    return {name: count for name, count in called.items() if name.rstrip("_") in recorder.names}
 
 
 def _guard(reason: str) -> str:
     """The guard alone: without the compile that it belongs to and the line of code that follows it."""
-    return re.sub(r"^\d+/\d+: ", "", _first_line(reason)).partition("  #")[0].strip()
+    return re.sub(r"^\d+/\d+: ", "", reason.strip().splitlines()[0]).partition("  #")[0].strip()
 
 
-def _advice(reason: str) -> str:
-    return next(advice for pattern, advice in ADVICE if re.search(pattern, reason))
+def _recompile(reason: str, times: int) -> Finding:
+    return Finding(reason, next(advice for pattern, advice in ADVICE if re.search(pattern, reason)), times)
 
 
-def _first_line(reason: str) -> str:
-    return reason.strip().splitlines()[0].strip()
-
-
-def _hint(reason: str) -> str:
-    """dynamo's own hint, of the reasons that have one."""
-    found = re.search(r"Hint: (.+)", reason)
-    return found[1].rstrip(".") if found else "compile with fullgraph=True to be shown the line of code"
+def _break(reason: str, times: int) -> Finding:
+    """With dynamo's own hint, where it gives one."""
+    hint = re.search(r"Hint: (.+)", reason)
+    advice = hint[1].rstrip(".") if hint else "compile with fullgraph=True to be shown the line of code"
+    return Finding(reason.strip().splitlines()[0].strip(), advice, times)

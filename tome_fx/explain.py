@@ -8,10 +8,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from tome_fx.api import plain, share, transformed
+from tome_fx.api import Model, share, transformed
 from tome_fx.capture import merged_sites
 from tome_fx.inputs import example_inputs
 from tome_fx.plan import Grid, downsampled, integer
+from tome_fx.specialize import original
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
         if integer(name, size) < 1:
             raise ValueError(f"{name} must be at least 1 latent, got {size}")
     plan = merging.plan
-    before, after = _flops(plain(model), height, width), _flops(share(model), height, width)  # a copy is not compiled
+    before, after = _flops(_plain(model), height, width), _flops(share(model), height, width)  # a copy is not compiled
 
     rows = []
     for site in merged_sites(model, plan):
         side = downsampled(height, site.downsample), downsampled(width, site.downsample)
-        grid = Grid(*side, plan.sx, plan.sy, plan.ratio)
+        grid = Grid(*side, plan.sx, plan.sy, plan.ratio, plan.dynamic_ratio)
         rows.append(
             Row(
                 path=site.path,
@@ -113,6 +114,14 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
         )
     title = f"{type(model).__name__} at {height} x {width} latents: ratio {plan.ratio}, cells of {plan.sx} x {plan.sy}"
     return Report(title, tuple(rows), before[""], after[""])
+
+
+def _plain(model: Model) -> Model:
+    """A copy without its merging, sharing parameters and buffers."""
+    result = share(model)
+    for module in result.modules():
+        module.__class__ = original(type(module))
+    return result
 
 
 def _flops(model: nn.Module, height: int, width: int) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """The three operations of token merging: `match` finds a slot map, `merge` and `unmerge` apply it.
 
-A slot map gives every token its place in the merged sequence of K tokens. It is None where no token can be merged;
+A slot map gives every token its place in the merged sequence of K tokens. It is None on a grid without a whole cell;
 both `merge` and `unmerge` are then the identity.
 
 All shapes follow from the arguments' shapes and from Python numbers, never from data, so that one graph serves

@@ -71,7 +71,7 @@ class Plan:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
         if self.seed and not self.use_rand:
             raise ValueError(f"seed={self.seed} does nothing with use_rand=False; leave it at 0")
-        if self.dynamic_ratio and round(self.ratio, 3) != self.ratio:
+        if self.dynamic_ratio and abs(round(self.ratio, 3) - self.ratio) > 1e-9:  # 0.1 + 0.2 is meant to be 0.3
             raise ValueError(f"ratio must be a whole number of thousandths with dynamic_ratio=True, got {self.ratio}")
         if not self.scopes:
             raise ValueError(f"nothing to merge: at least one of {', '.join(SCOPES)} must be True")
@@ -105,6 +105,7 @@ class Grid:
     sx: int
     sy: int
     ratio: float
+    dynamic_ratio: bool = False
 
     @property
     def tokens(self) -> int:
@@ -119,7 +120,11 @@ class Grid:
     @property
     def kept(self) -> int:
         """Tokens after a merge; all of them where the grid holds no whole cell."""
-        return kept(self.height, self.width, self.ratio) if self.cells else self.tokens
+        if not self.cells:
+            return self.tokens
+        if self.dynamic_ratio:
+            return kept_by_thousandths(self.height, self.width, round(self.ratio * THOUSAND))
+        return kept(self.height, self.width, self.ratio)
 
     @property
     def merged(self) -> int:
@@ -144,11 +149,15 @@ def kept(height: int, width: int, ratio: float) -> int:
     return tokens - math.floor(tokens * ratio)  # not int(), which would make a constant of a symbolic number
 
 
-def kept_by_size(height: int, width: int, size: Any) -> int:
-    """The same for a ratio given as the length of a tensor: see NOTE [A ratio as a size]."""
+def kept_by_thousandths(height: int, width: int, thousandths: int) -> int:
+    """Tokens that remain at a dynamic ratio: one fewer than `kept` where a float falls short of a whole token."""
     tokens = height * width
-    removed: int = tokens * (size.shape[0] - NO_RATIO) // THOUSAND
-    return tokens - removed
+    return tokens - tokens * thousandths // THOUSAND
+
+
+def kept_by_size(height: int, width: int, size: Any) -> int:
+    """The same for a ratio given as the length of the tensor `size`: see NOTE [A ratio as a size]."""
+    return kept_by_thousandths(height, width, size.shape[0] - NO_RATIO)
 
 
 def scramble(x: Any) -> Any:

@@ -79,7 +79,7 @@ def insert_match(
                 node.update_arg(place - 1, bound)
             else:
                 node.update_kwarg("slots", slots)
-        slots.meta["shape"] = "[B, N]"
+        slots.meta["shape"] = "[B, N], [B, N], [B, K]"
     _show_shapes(graph)
     return len(calls)
 

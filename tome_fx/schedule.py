@@ -35,6 +35,8 @@ class RatioSchedule:
     tensor_inputs: tuple[str, ...] = ()
 
     def __init__(self, ratios: Mapping[float, float], *models: nn.Module) -> None:
+        if not isinstance(ratios, Mapping):
+            raise TypeError(f"ratios must map shares of the steps to ratios, got {ratios!r}")
         if not models:
             raise ValueError("models must hold at least one transformed model: RatioSchedule(ratios, pipe.unet)")
         for share in ratios:
@@ -53,7 +55,7 @@ class RatioSchedule:
         self.start()
 
     def start(self) -> None:
-        """Go back to the first ratio. Only an image that was cut short makes this necessary."""
+        """Go back to the first ratio: to be called after an image that was cut short."""
         self._set(self.ratio_at(0, 1))
 
     def ratio_at(self, step: int, steps: int) -> float:
@@ -64,13 +66,23 @@ class RatioSchedule:
         """What a pipeline calls at the end of each step: sets the ratio of the next one, and of the next image's first.
 
         Raises:
-            TransformError: The image began at another ratio than the schedule's first.
+            TransformError: The image began at another ratio than the schedule's first, the pipeline does not use one
+                of the models, or does not say how many steps it takes.
         """
-        steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+        steps = getattr(pipe, "num_timesteps", None)
+        if not steps:
+            raise TransformError(f"{type(pipe).__name__} has no num_timesteps, by which a schedule tells where it is")
         first = self.ratio_at(0, steps)
         if step == 0:
+            used = {m for part in vars(pipe).values() if isinstance(part, nn.Module) for m in part.modules()}
             for model in self.models:
-                found = transformed(model)[1].plan.ratio
+                inner, merging = transformed(model)
+                if inner not in used:
+                    raise TransformError(
+                        f"the schedule's {type(inner).__name__} is no part of this {type(pipe).__name__}: make the "
+                        "schedule for the models that the pipeline has now"
+                    )
+                found = merging.plan.ratio
                 if found != first:
                     raise TransformError(
                         f"the image began at a ratio of {found}, and its schedule begins at {first}: "

@@ -145,9 +145,9 @@ def _dispatcher(cls: Any) -> types.FunctionType:
         f"def forward(self, {', '.join(heads)}):\n"
         f"    kinds = ({''.join(f'kind({name}), ' for name in given)})\n"
         f"    flags = ({''.join(f'self.{name}, ' for name in cls._template.live)})\n"
-        f"    return getattr(self, variant(owner, kinds, flags))({', '.join(names)})\n"
+        f"    return getattr(self, variant(type(self), kinds, flags))({', '.join(names)})\n"
     )
-    forward = _function(source, {"kind": kind, "variant": _variant, "owner": cls}, f"{cls.__name__}.forward")
+    forward = _function(source, {"kind": kind, "variant": _variant}, f"{cls.__name__}.forward")
     forward.__defaults__ = tuple(node.args[0] for node in inputs if node.args)
     return forward
 
