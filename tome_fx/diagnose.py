@@ -21,10 +21,7 @@ ADVICE = (
     ("dtype mismatch", "give every call the same dtype"),
     ("requires_grad|grad_mode|inference", "run every call under the same torch.no_grad() or torch.inference_mode()"),
     ("is None|NoneType|DICT_CONTAINS|keys\\(\\)|len\\(", "give every call the same inputs in the same way"),
-    (
-        "type_id|ID_MATCH|obj_id",
-        "a module or its class was exchanged, as set_ratio, a LoRA or a processor does: once each",
-    ),
+    ("type_id|ID_MATCH|obj_id", "change modules, LoRAs and processors before the first call, or take it once for each"),
     ("training", "call eval() once, before the first call"),
     ("", "TORCH_LOGS=recompiles shows the guard with its source"),
 )
