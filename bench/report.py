@@ -33,7 +33,10 @@ def section(name: str, document: dict[str, Any]) -> str:
         )
         parts.append(demo.table(document))
     if document["kind"] == "cold":
-        parts.append(f"{document['resolution']} px, UNet batch 1, fp32 on cpu. {machine(document['machine'])}.")
+        setting = f"ratio {document['setting']['ratio']}, {document['setting']['scope']}"
+        parts.append(
+            f"{document['resolution']} px, UNet batch 1, {setting}, fp32 on cpu. {machine(document['machine'])}."
+        )
         parts.append(cold.table(document))
     for entry in document.get("cells", ()):
         cell = Cell(**entry["cell"])

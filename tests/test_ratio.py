@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers import AutoencoderKL, DDIMScheduler, HeunDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    HeunDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.callbacks import MultiPipelineCallbacks
 from models import (
     blocks,
@@ -462,6 +468,24 @@ def test_a_schedule_drives_several_models_and_stands_beside_other_callbacks() ->
     schedule = RatioSchedule(STAGES, pipe.unet, other)
     image(pipe, callback_on_step_end=MultiPipelineCallbacks([schedule, Note()]))
     assert steps == [0, 1, 2, 3, 4]
+
+
+def test_a_part_of_the_steps_is_counted_as_the_whole_image() -> None:
+    """Image to image at a strength of a half runs the last half of the steps."""
+    pipe = StableDiffusionImg2ImgPipeline.from_pipe(pipeline(transform(one_block(), ratio=0.5)))
+    pipe.set_progress_bar_config(disable=True)
+    seen = ratios_of_steps(pipe.unet)
+    embeddings = inputs(pipe.unet, 16, 16, batch=1)["encoder_hidden_states"]
+    pipe(
+        image=inputs(pipe.unet, 16, 16, batch=1)["sample"],
+        prompt_embeds=embeddings,
+        negative_prompt_embeds=embeddings,
+        strength=0.5,
+        num_inference_steps=10,
+        output_type="latent",
+        callback_on_step_end=RatioSchedule(STAGES, pipe.unet),
+    )
+    assert seen == [0.5, 0.5, 0.25, 0.25, 0]
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # the scheduler's own
