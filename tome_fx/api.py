@@ -20,7 +20,7 @@ from torch import nn
 from tome_fx.capture import MODELS, merged_sites, rewritten_classes
 from tome_fx.plan import Plan, TransformError
 from tome_fx.rewrite import RATIO_SIZE
-from tome_fx.specialize import own_code
+from tome_fx.specialize import with_own_code
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -143,24 +143,19 @@ def _install(model: nn.Module, plan: Plan) -> None:
     for path, cls in rewritten_classes(model, plan).items():
         model.get_submodule(path).__class__ = cls
     if plan.dynamic_ratio:
-        for site in merged_sites(model, plan):
-            size = torch.empty(plan.ratio_size, 0, device="cpu")
-            torch._dynamo.mark_dynamic(size, 0)
-            setattr(model.get_submodule(site.transformer), RATIO_SIZE, size)
+        size = torch.empty(plan.ratio_size, 0, device="cpu")
+        torch._dynamo.mark_dynamic(size, 0)
+        for path in {site.transformer for site in merged_sites(model, plan)}:
+            setattr(model.get_submodule(path), RATIO_SIZE, size)
     forward: Any = type(model).forward
-    code = own_code(forward, replace(plan, ratio=0.0 if plan.dynamic_ratio else float(plan.ratio)))
+    forward = with_own_code(forward, replace(plan, ratio=0.0 if plan.dynamic_ratio else float(plan.ratio)))
     merging, current = getattr(model, MERGING, None), vars(model).get("forward")
     if merging is None or getattr(current, "__func__", None) is merging.forward:
-        entry = types.FunctionType(
-            code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
-        )
-        entry.__kwdefaults__ = forward.__kwdefaults__
-        vars(entry).update(vars(forward))
-        model.forward = types.MethodType(entry, model)
+        model.forward = types.MethodType(forward, model)
     else:
-        entry = merging.forward
-        entry.__code__ = code
-    setattr(model, MERGING, Merging(plan, entry))
+        merging.forward.__code__ = forward.__code__
+        forward = merging.forward
+    setattr(model, MERGING, Merging(plan, forward))
 
 
 def share(model: Model) -> Model:

@@ -88,17 +88,24 @@ def original(cls: type[nn.Module]) -> type[nn.Module]:
     return cls.__base__ if hasattr(cls, "rewrite") else cls  # type: ignore[return-value]
 
 
-def own_code(function: types.FunctionType, key: Hashable) -> types.CodeType:
-    """A copy of the function's code for each key: to dynamo another function, to a reader the same lines.
+def with_own_code(function: types.FunctionType, key: Hashable) -> types.FunctionType:
+    """A copy of the function whose code object is one for each key: to dynamo another function, to a reader the same.
 
-    Its name is the same in every process and tells keys apart, for dynamo remembers by name which sizes were dynamic.
+    The code's name is the same in every process and tells keys apart, for dynamo remembers by name which sizes were
+    dynamic.
     """
+    code = function.__code__
     with _lock:
-        code = function.__code__
         if (code, key) not in _codes:
             digest = sha256(repr(key).encode()).hexdigest()[:12]
             _codes[code, key] = code.replace(co_name=f"{code.co_name}_{digest}")
-        return _codes[code, key]
+        code = _codes[code, key]
+    result = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    result.__kwdefaults__ = function.__kwdefaults__
+    vars(result).update(vars(function))
+    return result
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
