@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from models import (
     sd15,
     sd21,
     sdxl,
-    threads,
     two_stages,
 )
 from torch import Tensor
@@ -46,31 +45,14 @@ from torch.utils._pytree import tree_leaves
 from tome_fx import ops, set_ratio, specialize, transform
 from tome_fx.capture import find_sites
 
-# torch's own, on the first import of its compiler in a process
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "fresh_dynamo"),
+    # torch's own, on the first import of its compiler in a process
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
 
 UNETS = [sd15, sd21, sdxl]
 EVERYTHING: dict[str, Any] = {"max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-    counters.clear()
-
-
-@pytest.fixture
-def counter() -> Any:
-    return CompileCounterWithBackend("eager")
 
 
 def merges(counter: Any) -> list[int]:

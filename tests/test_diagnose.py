@@ -10,27 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from models import blocks, inputs, one_block, threads, two_stages
+from models import blocks, inputs, one_block, two_stages
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._dynamo.utils import counters
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
 
 from tome_fx import Diagnosis, Finding, TransformError, diagnose, set_ratio, transform
 from tome_fx.diagnose import _fallbacks
 
-# torch's own, on the first import of its compiler in a process
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "fresh_dynamo"),
+    # torch's own, on the first import of its compiler in a process
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    with threads(1), torch.no_grad():
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
         yield
-    torch._dynamo.reset()
-    counters.clear()
 
 
 def quick(model: Any, **options: Any) -> Any:

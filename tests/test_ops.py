@@ -51,14 +51,6 @@ def deterministic_algorithms(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    """Nothing compiled before or after the test."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def random_tokens(
     count: int, channels: int = 6, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> Tensor:

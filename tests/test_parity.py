@@ -13,14 +13,13 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import tomesd
 import torch
 from diffusers import UNet2DConditionModel
-from models import inputs, output, relative_error, sd15, sd21, sdxl, threads
+from models import inputs, output, relative_error, sd15, sd21, sdxl
 
 import tome_fx
 from tome_fx.capture import find_sites
@@ -89,10 +88,7 @@ COVERED = [(name, case) for name, cases in COVERING.items() for case in cases]
 FULL = [case for case in every_case((1,)) if case.scopes == 1 and case.batch == 2]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

@@ -6,7 +6,7 @@ once. A schedule gives each step of a pipeline its ratio and no later image a co
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,7 +30,6 @@ from models import (
     relative_error,
     sd15,
     sdxl,
-    threads,
     transformers,
     two_stages,
 )
@@ -43,31 +42,14 @@ import tome_fx
 from tome_fx import RatioSchedule, TransformError, set_ratio, transform
 from tome_fx.plan import Grid, Plan, kept, kept_by_size
 
-# torch's own, on the first import of its compiler in a process
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "fresh_dynamo"),
+    # torch's own, on the first import of its compiler in a process
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
 
 RATIOS = [round(0.06 * i, 2) for i in range(12)]  # more than dynamo would recompile one code object for, 0 among them
 EVERYTHING: dict[str, Any] = {"max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-    counters.clear()
-
-
-@pytest.fixture
-def counter() -> Any:
-    return CompileCounterWithBackend("eager")
 
 
 def whole(model: Any, counter: Any, **options: Any) -> Any:

@@ -162,14 +162,6 @@ def assert_same_output(actual: Any, expected: Any) -> None:
         assert actual == expected
 
 
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    """Nothing compiled before or after the test."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize(
     "value, expected",
     [

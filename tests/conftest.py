@@ -1,0 +1,33 @@
+"""Fixtures of several test modules: what they set is as before afterwards."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import threads
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch computes with one thread, for all tests of a module."""
+    with threads(1):
+        yield
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled or counted before or after the test."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.fixture
+def counter() -> Any:
+    """A backend that counts its calls, one for each graph, and generates no code."""
+    return CompileCounterWithBackend("eager")
