@@ -47,7 +47,8 @@ def transform(
     given is left as it is. The result runs eagerly, and `torch.compile(..., fullgraph=True)` takes it whole.
 
     Args:
-        model: A `UNet2DConditionModel` or `ControlNetModel`, not compiled and not transformed yet.
+        model: A `UNet2DConditionModel`, `ControlNetModel`, `UNetMotionModel` (AnimateDiff, whose motion modules are left
+            alone) or `UNet3DConditionModel`, not compiled and not transformed yet.
         ratio: Share of the tokens to remove, from 0 (the original, bit for bit) to `1 - 1 / (sx * sy)`. Half is
             where images still look the same, says the paper.
         max_downsample: Merge at the levels whose tokens are at most this many latents wide: 1, 2, 4 or 8. None

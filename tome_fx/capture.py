@@ -8,13 +8,16 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
+from diffusers.models.unets.unet_motion_model import UNetMotionModel
 from torch import fx, nn
 
 from tome_fx.plan import Plan, TransformError, downsampled
 from tome_fx.rewrite import insert_match, insert_merge
 from tome_fx.specialize import specialize
 
-MODELS = (UNet2DConditionModel, ControlNetModel)
+VIDEO = (UNetMotionModel, UNet3DConditionModel)  # frames of a clip, which are a batch of images to what is rewritten
+MODELS = (UNet2DConditionModel, ControlNetModel, *VIDEO)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from tome_fx.api import Model, share, transformed
-from tome_fx.capture import merged_sites
+from tome_fx.capture import VIDEO, merged_sites
 from tome_fx.inputs import example_inputs
 from tome_fx.plan import Grid, downsampled, integer
 from tome_fx.specialize import original
@@ -17,7 +17,7 @@ from tome_fx.specialize import original
 
 @dataclass(frozen=True)
 class Row:
-    """One site. Tokens and FLOPs are per image; a multiply-add is two FLOPs.
+    """One site. Tokens and FLOPs are per image, or per frame of a clip; a multiply-add is two FLOPs.
 
     `flops_before` is the block's own cost, `flops_after` its cost with merged tokens, matching included. `note`
     says why nothing is merged, where nothing is.
@@ -132,7 +132,8 @@ def _flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
         for name, tensor in tensors
     }
     some = next(model.parameters())
-    inputs = example_inputs(model, height, width, batch=1, device="meta", dtype=some.dtype)
+    frames = 1 if isinstance(model, VIDEO) else None
+    inputs = example_inputs(model, height, width, batch=1, frames=frames, device="meta", dtype=some.dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         functional_call(model, weights, kwargs=inputs)
     root = type(model).__name__

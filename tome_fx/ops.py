@@ -59,9 +59,14 @@ def match(tokens: Tensor, height: int, width: int, *, kept: int, sx: int, sy: in
     Returns:
         The slot map, or None on a grid smaller than a cell.
 
+    Raises:
+        ValueError: The batch is empty.
+
     Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion" (2023), section 4.
     """
     batch, count, _ = tokens.shape
+    if batch == 0:
+        raise ValueError("the batch must hold at least 1 image, got 0: there are no tokens to match")
     cells = (height // sy) * (width // sx)
     if cells == 0:
         return None

@@ -13,12 +13,13 @@ their code; modules rewritten with other options get another, so that they do no
 stays for the life of the process: transforming anew with options had before compiles nothing.
 """
 
+import copyreg
 import linecache
 import threading
 import types
 from collections.abc import Callable, Hashable, Mapping
 from hashlib import sha256
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
@@ -27,6 +28,20 @@ from tome_fx.plan import TransformError
 from tome_fx.trace import Template, kind
 
 Pass = Callable[[fx.Graph], int]
+
+
+class Rewritten(type):
+    """The type of generated classes. Bearing another class's name, they could not be found by it when unpickled."""
+
+
+def _refuse_pickling(cls: type) -> NoReturn:
+    raise TypeError(
+        f"a transformed model cannot be pickled ({cls.__name__} is a generated class): save it with save_pretrained, "
+        "or pickle the model that was transformed, and transform what is loaded"
+    )
+
+
+copyreg.pickle(Rewritten, _refuse_pickling)
 
 _classes: dict[Hashable, type[nn.Module]] = {}
 _codes: dict[Hashable, types.CodeType] = {}
@@ -73,7 +88,7 @@ def specialize(
 
 def _new_class(template: Template, rewrite: Pass, signature: Hashable, graph: fx.Graph) -> type[nn.Module]:
     base = template.base
-    cls: Any = type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__})
+    cls: Any = Rewritten(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__})
     cls.__qualname__ = base.__qualname__
     cls.rewrite = staticmethod(rewrite)
     cls.graph, cls.graphs, cls._methods = graph, {}, {}
@@ -85,7 +100,7 @@ def _new_class(template: Template, rewrite: Pass, signature: Hashable, graph: fx
 
 def original(cls: type[nn.Module]) -> type[nn.Module]:
     """The class that `specialize` derived this one from, or the class itself."""
-    return cls.__base__ if hasattr(cls, "rewrite") else cls  # type: ignore[return-value]
+    return cls.__base__ if isinstance(cls, Rewritten) else cls  # type: ignore[return-value]
 
 
 def with_own_code(function: types.FunctionType, key: Hashable) -> types.FunctionType:
