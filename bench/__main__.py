@@ -1,15 +1,15 @@
-"""The command line: `python -m bench latency`, `cold`, `demo` or `report`."""
+"""The command line: `python -m bench latency`, `cold`, `quality`, `demo` or `report`."""
 
 import argparse
 
-from bench import cold, demo, latency, report
+from bench import cold, demo, latency, quality, report
 
 
 def main() -> None:
     """Parse the arguments and run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure tome_fx beside its peers.")
     commands = parser.add_subparsers(required=True)
-    for module in (latency, cold, demo, report):
+    for module in (latency, cold, quality, demo, report):
         command = commands.add_parser(module.__name__.split(".")[-1], help=(module.__doc__ or "").split(": ")[-1])
         module.add_arguments(command)
         command.set_defaults(main=module.main)

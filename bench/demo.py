@@ -1,53 +1,86 @@
-"""`python -m bench demo`: a StableDiffusionPipeline with and without token merging, in a few minutes on any machine."""
+"""`python -m bench demo`: the shapes pipeline with and without token merging, in a few minutes on any machine."""
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import tomesd
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
 import tome_fx
-from bench import latency, measure, models, tables
-from bench.cells import Cell
-from bench.variants import VARIANTS, Setting, prepare, sample_first
+from bench import measure, shapes, tables, viz
+from bench.shapes.scenes import HELD_OUT, SIDE, numbered
+from bench.variants import VARIANTS, AsUNet, Setting, prepare, sample_first
 from tome_fx.api import share
+from tome_fx.inputs import example_inputs
 
+NOTE = "Real images, from trained weights that come with the project; the i-th from prompt i and seed i in every row."
 ROWS = ("sdpa", "compile", "tomesd+sdpa", "tome_fx", "tome_fx+compile", "tomesd+compile")
-CELL = Cell("tiny", 512)
+PICTURED = ("compile", "tome_fx+compile", "tomesd+compile")
 RATIOS = (0.25, 0.5, 0.75)
 
 
-def run(steps: int, rounds: int, path: Path) -> dict[str, Any]:
-    """Measure, write the JSON, and return it."""
-    unet = models.build(CELL.model)
+def run(images: int, steps: int, rounds: int, path: Path) -> dict[str, Any]:
+    """Measure, write the JSON and, beside it, the images, and return what the JSON holds."""
+    pipe = shapes.pipeline()
+    unet = pipe.unet
+    prompts = [scene.caption for scene in numbered(HELD_OUT, images)]
+    calls: dict[str, Callable[[], Tensor]] = {}
+
+    def make(name: str) -> Callable[[], Tensor]:
+        calls[name] = denoising(pipe, AsUNet(prepare(name, unet, Setting()), unet), prompts, steps)
+        return calls[name]
+
     rows = measure.compare(
-        {name: _denoising(name, unet, steps) for name in ROWS},
+        {name: partial(make, name) for name in ROWS},
         exact={name: not VARIANTS[name].merges for name in ROWS},
         rounds=rounds,
         device="cpu",
-        title=f"{steps} steps at {CELL.resolution}px",
+        title=f"{images} images, {steps} steps",
     )
     document = {
         "schema": 1,
         "kind": "demo",
-        "note": latency.NOTE,
+        "note": NOTE,
         "argv": sys.argv[1:],
         "machine": measure.machine(),
-        "cell": {**vars(CELL), "steps": steps},
+        "cell": {"model": "shapes", "side": SIDE, "images": images, "steps": steps, "ratio": Setting().ratio},
         "rows": measure.as_json(rows),
         "ratios": RATIOS,
-        "sweeps": {name: sweep(name, unet) for name in ROWS if "compile" in name and VARIANTS[name].merges},
     }
     measure.write(path, document)
+    with torch.no_grad():
+        pixels = {name: pipe.vae.decode(calls[name]() / pipe.vae.config.scaling_factor).sample for name in PICTURED}
+    columns = {name: list(p.clamp(-1, 1) / 2 + 0.5) for name, p in pixels.items() if not rows[name].error}
+    viz.grid(path.with_suffix(".png"), columns, prompts)
+    document["sweeps"] = {name: sweep(name, unet) for name in ROWS if "compile" in name and VARIANTS[name].merges}
+    measure.write(path, document)
     return document
+
+
+def denoising(pipe: StableDiffusionPipeline, unet: AsUNet, prompts: Sequence[str], steps: int) -> Callable[[], Tensor]:
+    """A call that makes the latents of an image for each prompt."""
+
+    def call() -> Tensor:
+        pipe.unet = unet
+        latents: Tensor = pipe(
+            list(prompts),
+            num_inference_steps=steps,
+            guidance_scale=shapes.GUIDANCE,
+            generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
+            output_type="latent",
+        ).images
+        return latents
+
+    return call
 
 
 def table(document: dict[str, Any]) -> str:
@@ -78,21 +111,12 @@ def table(document: dict[str, Any]) -> str:
     return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
 
 
-def _denoising(name: str, unet: UNet2DConditionModel, steps: int) -> Callable[[], Callable[[], Tensor]]:
-    """What prepares a pipeline around a variant and returns the call that denoises once."""
-
-    def make() -> Callable[[], Tensor]:
-        return latency.image(prepare(name, unet, Setting()), unet, CELL, steps=steps, output_type="latent")
-
-    return make
-
-
 def sweep(name: str, unet: UNet2DConditionModel) -> tuple[int, int]:
     """Graphs compiled while the ratio goes through `RATIOS`, and while it does so again.
 
     Counted with a backend that generates no code: what dynamo compiles does not depend on the backend.
     """
-    given = models.inputs(unet, CELL.resolution // 2, 2)
+    given = example_inputs(unet, 16, 16)
     sample = given.pop("sample")
     visits = _ours(unet) if name.startswith("tome_fx") else _tomesd(unet)
     counts = []
@@ -127,15 +151,15 @@ def _tomesd(unet: UNet2DConditionModel) -> Callable[[float], Callable[..., Any]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench demo`."""
-    parser.add_argument("--steps", type=int, default=4, help="denoising steps of a timed image")
-    parser.add_argument("--rounds", type=int, default=5, help="timed images of each variant")
-    parser.add_argument("--json", type=Path, default=Path("out/demo.json"), help="where the samples are written")
+    parser.add_argument("--images", type=int, default=4, help="that are made at once")
+    parser.add_argument("--steps", type=int, default=12, help="denoising steps of an image")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each variant is timed")
+    parser.add_argument("--json", type=Path, default=Path("out/demo.json"), help="the samples; beside it go the images")
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Run `python -m bench demo`."""
-    print(
-        "A small UNet in a StableDiffusionPipeline, six ways. The compiled ones take half a minute or more to warm up."
-    )
-    document = run(arguments.steps, arguments.rounds, arguments.json)
-    print(f"{latency.NOTE}\n\n{table(document)}\n\nwritten to {arguments.json}")
+    a = arguments
+    print("A trained pipeline of coloured shapes, six ways. The compiled ones take a minute or more to warm up.")
+    document = run(a.images, a.steps, a.rounds, a.json)
+    print(f"{NOTE}\n\n{table(document)}\n\nwritten to {a.json}, images to {a.json.with_suffix('.png')}")

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 import tome_fx
 from bench import measure, models
 from bench.cells import SUITES, Cell, suite
 from bench.tables import table
-from bench.variants import MODES, SCOPES, VARIANTS, Setting, merged, prepare
+from bench.variants import MODES, SCOPES, VARIANTS, AsUNet, Setting, merged, prepare
 from tome_fx import ops, plan
 from tome_fx.capture import find_sites
 
@@ -104,7 +104,7 @@ def image(
     """A call that makes one image from prompt embeddings; it returns the pixels, or latents where asked to."""
     pipe = models.pipeline(unet)
     prompt = models.inputs(unet, cell.resolution, cell.batch)["encoder_hidden_states"]
-    pipe.unet = _AsUNet(call, unet)
+    pipe.unet = AsUNet(call, unet)
 
     def run() -> Tensor:
         result: Tensor = pipe(
@@ -120,19 +120,6 @@ def image(
         return result
 
     return run
-
-
-class _AsUNet(nn.Module):
-    """Lets a pipeline call a variant, whatever it is, where it expects a UNet."""
-
-    def __init__(self, call: Callable[..., Any], unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.call = call
-        self.config = unet.config
-        self.dtype, self.device = unet.dtype, unet.device
-
-    def forward(self, sample: Tensor, timestep: Tensor, **kwargs: Any) -> Any:
-        return self.call(sample=sample, timestep=timestep, **kwargs)
 
 
 def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int) -> dict[str, measure.Row]:

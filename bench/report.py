@@ -6,7 +6,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import cold, demo, measure, tables
+from tabulate import tabulate
+
+from bench import cold, demo, measure, quality, tables
 from bench.cells import Cell
 from bench.variants import VARIANTS
 
@@ -24,21 +26,39 @@ def machine(m: dict[str, Any]) -> str:
 
 def section(name: str, document: dict[str, Any]) -> str:
     """A file's part of the README: each table under its setting and machine."""
+    return "\n\n".join(SECTIONS[document["kind"]](document))
+
+
+def _demo(document: dict[str, Any]) -> list[str]:
+    cell = document["cell"]
+    setting = (
+        f"{cell['images']} images of {cell['side']} px at once, {cell['steps']} steps, ratio {cell['ratio']}; "
+        f"ratios of the sweep: {', '.join(map(str, document['ratios']))}. {machine(document['machine'])}."
+    )
+    return [document["note"], setting, demo.table(document)]
+
+
+def _cold(document: dict[str, Any]) -> list[str]:
+    given = document["setting"]
+    setting = f"{document['resolution']} px, UNet batch 1, ratio {given['ratio']}, {given['scope']}, fp32 on cpu."
+    return [document["note"], f"{setting} {machine(document['machine'])}.", cold.table(document)]
+
+
+def _quality(document: dict[str, Any]) -> list[str]:
+    setting = (
+        f"{document['count']} images of the pipeline {document['pipeline']}, {document['steps']} steps, guidance "
+        f"{document['guidance']:g}; means with 95 % confidence intervals. {machine(document['machine'])}."
+    )
+    return [document["note"], setting, quality.table(document)]
+
+
+def _support(document: dict[str, Any]) -> list[str]:
+    return [f"{machine(document['machine'])}.", support(document["features"])]
+
+
+def _latency(document: dict[str, Any]) -> list[str]:
     parts = [document["note"]]
-    if document["kind"] == "demo":
-        cell = document["cell"]
-        parts.append(
-            f"A small UNet in a `StableDiffusionPipeline`, {cell['resolution']} px, ratio {cell['ratio']}; "
-            f"ratios of the sweep: {', '.join(map(str, document['ratios']))}. {machine(document['machine'])}."
-        )
-        parts.append(demo.table(document))
-    if document["kind"] == "cold":
-        setting = f"ratio {document['setting']['ratio']}, {document['setting']['scope']}"
-        parts.append(
-            f"{document['resolution']} px, UNet batch 1, {setting}, fp32 on cpu. {machine(document['machine'])}."
-        )
-        parts.append(cold.table(document))
-    for entry in document.get("cells", ()):
+    for entry in document["cells"]:
         cell = Cell(**entry["cell"])
         parts.append(
             f"**{cell.model}, {cell.resolution} px**, UNet batch {cell.unet_batch}, ratio {cell.ratio}, {cell.scope}, "
@@ -46,7 +66,23 @@ def section(name: str, document: dict[str, Any]) -> str:
         )
         if "breakdown" in entry:
             parts.append("One site of the finest level, each part compiled alone:\n\n" + breakdown(entry["breakdown"]))
-    return "\n\n".join(parts)
+    return parts
+
+
+SECTIONS = {"demo": _demo, "cold": _cold, "quality": _quality, "support": _support, "latency": _latency}
+
+
+def support(features: dict[str, Any]) -> str:
+    """What works with what, by the tests that showed it."""
+    lines = []
+    for feature, row in sorted(features.items(), key=lambda item: item[1]["group"]):
+        outcomes = set(row["tests"].values())
+        verdict = row["verdict"] if outcomes == {"passed"} else "not shown here: its test was skipped"
+        if "failed" in outcomes:
+            raise ValueError(f"{feature}: a test failed: {row['tests']}")
+        tests = ", ".join(f"`{name.removeprefix('tests/')}`" for name in row["tests"])
+        lines.append([row["group"], feature, verdict, row["condition"], tests])
+    return tabulate(lines, ["", "feature", "verdict", "condition", "test"], tablefmt="github", disable_numparse=True)
 
 
 def breakdown(rows: dict[str, Any]) -> str:

@@ -83,6 +83,20 @@ def sample_first(unet: Callable[..., Any]) -> Callable[..., Any]:
     return lambda sample, **inputs: unet(sample, **inputs)
 
 
+class AsUNet(nn.Module):
+    """Lets a pipeline call a variant, whatever it is, where it expects a UNet."""
+
+    def __init__(self, call: Callable[..., Any], unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.call = call
+        self.config = unet.config
+        self.dtype, self.device = unet.dtype, unet.device
+
+    def forward(self, sample: Tensor, timestep: Tensor, **kwargs: Any) -> Any:
+        """What a pipeline gives by position, the variant is given by name."""
+        return self.call(sample=sample, timestep=timestep, **kwargs)
+
+
 def merged(unet: UNet2DConditionModel, setting: Setting, dynamic_ratio: bool = False) -> UNet2DConditionModel:
     """Our transform."""
     return tome_fx.transform(unet, setting.ratio, dynamic_ratio=dynamic_ratio, **SCOPES[setting.scope])
@@ -103,20 +117,44 @@ class Replace:
         return changed
 
 
-def replaced(unet: UNet2DConditionModel, setting: Setting, **functions: Any) -> UNet2DConditionModel:
-    """Our transform with other operations, given by name; the graph is otherwise the same."""
-    result = merged(unet, setting)
-    swaps = tuple((getattr(ops, name), function) for name, function in functions.items())
-    original = dict(unet.named_modules())
-    for path, module in result.named_modules():
+@dataclass(frozen=True)
+class OneMatch:
+    """Our pass, with the match of a transformer's first block for all of its blocks."""
+
+    inner: Pass
+
+    def __call__(self, graph: fx.Graph) -> int:
+        """Run our pass, then drop all matches but the first."""
+        changed = self.inner(graph)
+        first, *others = [node for node in graph.nodes if node.target is ops.match] or [None]
+        for node in others:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+        return changed
+
+
+def with_passes(unet: UNet2DConditionModel, wrap: Callable[[Pass], Pass]) -> UNet2DConditionModel:
+    """A transformed UNet rewritten in place with other passes, each made from ours."""
+    for module in unet.modules():
         cls: Any = type(module)
         if hasattr(cls, "rewrite"):
             template = cls._template
             example = {p.name: k for p, k in zip(template.parameters, next(iter(cls.graphs))[0], strict=True)}
             module.__class__ = specialize(
-                original[path], Replace(cls.rewrite, swaps), example=example, live=template.live, leaves=template.leaves
+                module, wrap(cls.rewrite), example=example, live=template.live, leaves=template.leaves
             )
-    return result
+    return unet
+
+
+def replaced(unet: UNet2DConditionModel, setting: Setting, **functions: Any) -> UNet2DConditionModel:
+    """Our transform with other operations, given by name; the graph is otherwise the same."""
+    swaps = tuple((getattr(ops, name), function) for name, function in functions.items())
+    return with_passes(merged(unet, setting), lambda inner: Replace(inner, swaps))
+
+
+def one_match(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A transformed UNet, in place, with one match for the stacked blocks of each of its transformers."""
+    return with_passes(unet, OneMatch)
 
 
 def no_match(tokens: Tensor, height: int, width: int, *, kept: int, **_: Any) -> ops.SlotMap:

@@ -1,0 +1,321 @@
+"""`python -m bench quality`: how far merging moves an image of the same seed, and whether it shows its prompt."""
+
+import argparse
+import csv
+import itertools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist, fmean, stdev
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from tabulate import tabulate
+from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm import tqdm
+
+import tome_fx
+from bench import measure, shapes, variants, viz
+from bench.shapes import reader as judge
+from bench.shapes.reader import Reader
+from bench.shapes.scenes import HELD_OUT, SIDE, Scene, draw, numbered
+from bench.variants import SCOPES, AsUNet
+from tome_fx.api import share
+
+REAL = 1024  # scenes that a Fréchet distance is taken from
+STOCK = "stock"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is merged, and how."""
+
+    variant: str = STOCK
+    ratio: float = 0.0
+    scope: str = "attn"
+    max_downsample: int | None = None
+
+    @property
+    def title(self) -> str:
+        """A few words for a picture."""
+        return self.variant if self.variant == STOCK else f"{self.variant} {self.ratio:g}"
+
+
+def _transformed(unet: UNet2DConditionModel, case: Case, **options: Any) -> UNet2DConditionModel:
+    return tome_fx.transform(unet, case.ratio, max_downsample=case.max_downsample, **SCOPES[case.scope], **options)
+
+
+def _each_step(unet: UNet2DConditionModel, case: Case, steps: int) -> Callable[..., Any]:
+    """Other destinations in every step, as tomesd draws them; a pipeline calls its UNet once a step."""
+    turns = itertools.cycle([_transformed(unet, case, seed=step) for step in range(steps)])
+    return lambda **inputs: next(turns)(**inputs)
+
+
+def _tomesd(unet: UNet2DConditionModel, case: Case, steps: int) -> Callable[..., Any]:
+    if case.max_downsample is not None:
+        raise ValueError("max_downsample is tome_fx's alone here: leave it out for tomesd")
+    return variants.sample_first(variants.patched(unet, variants.Setting(case.ratio, case.scope)))
+
+
+VARIANTS: dict[str, Callable[[UNet2DConditionModel, Case, int], Callable[..., Any]]] = {
+    STOCK: lambda unet, case, steps: unet,
+    "tome_fx": lambda unet, case, steps: _transformed(unet, case),
+    "top-left": lambda unet, case, steps: _transformed(unet, case, use_rand=False),
+    "each-step": _each_step,
+    "one-match": lambda unet, case, steps: variants.one_match(_transformed(unet, case)),
+    "tomesd": _tomesd,
+    "todo": lambda unet, case, steps: variants.downsampled(unet, variants.Setting(case.ratio)),
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Latents `[B, C, h, w]` and pixels `[B, 3, H, W]` from 0 to 1."""
+
+    latents: Tensor
+    pixels: Tensor
+
+
+@torch.no_grad()
+def generate(pipe: Any, call: Callable[..., Any], prompts: Sequence[str], steps: int, guidance: float) -> Images:
+    """An image for each prompt, the i-th from seed i, whatever the batch."""
+    unet = pipe.unet
+    pipe.unet = AsUNet(call, unet)
+    try:
+        latents = pipe(
+            list(prompts),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
+            output_type="latent",
+        ).images
+    finally:
+        pipe.unet = unet
+    pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    return Images(latents.float().cpu(), (pixels.float().cpu() / 2 + 0.5).clamp(0, 1))
+
+
+def compare(images: Images, stock: Images) -> dict[str, list[float]]:
+    """How far each image is from the stock one: PSNR in dB, SSIM, and the latents' relative distance."""
+    peak, likeness = [], []
+    for mine, theirs in zip(images.pixels, stock.pixels, strict=True):
+        peak.append(float(peak_signal_noise_ratio(mine, theirs, data_range=1.0)))
+        likeness.append(float(_ssim(mine, theirs)))
+    difference = (images.latents - stock.latents).flatten(1).norm(dim=1) / stock.latents.flatten(1).norm(dim=1)
+    return {"psnr": peak, "ssim": likeness, "latent_error": difference.tolist()}
+
+
+def _ssim(mine: Tensor, theirs: Tensor) -> Any:
+    return structural_similarity_index_measure(mine[None], theirs[None], data_range=1.0)
+
+
+class Features(nn.Module):
+    """The reader's features, the way that a Fréchet distance asks for them."""
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__()
+        self.reader = reader
+        self.num_features = reader.head.in_channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[B, num_features]` from images `[B, 3, H, W]` in 0 to 1."""
+        return self.reader.features(2 * images - 1)
+
+
+def _judge(scenes: Sequence[Scene]) -> Callable[[Images], dict[str, Any]]:
+    """What says of images whether each shows its scene's caption, and how far all are from real scenes, by Fréchet."""
+    reader = judge.load()
+    distance = FrechetInceptionDistance(Features(reader), reset_real_features=False)
+    for first in range(0, REAL, 128):
+        distance.update(draw(numbered(HELD_OUT + len(scenes) + first, 128), SIDE) / 2 + 0.5, real=True)
+
+    def judged(images: Images) -> dict[str, Any]:
+        distance.reset()
+        distance.update(images.pixels, real=False)
+        right = reader.right(scenes, 2 * images.pixels - 1)
+        return {"right": right.float().tolist(), "frechet": float(distance.compute())}
+
+    return judged
+
+
+def perceived(images: Images, stock: Images, prompts: Sequence[str]) -> dict[str, Any]:
+    """LPIPS and CLIP score where torchmetrics and their weights are at hand, else why they are not."""
+
+    def lpips() -> list[float]:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+        pairs = zip(images.pixels, stock.pixels, strict=True)
+        return [float(metric(mine[None], theirs[None])) for mine, theirs in pairs]
+
+    def clip_score() -> list[float]:
+        from torchmetrics.multimodal.clip_score import CLIPScore
+
+        metric: Any = CLIPScore("openai/clip-vit-base-patch16")
+        pairs = zip(images.pixels, prompts, strict=True)
+        return [float(metric((255 * pixels).byte(), prompt)) for pixels, prompt in pairs]
+
+    result: dict[str, Any] = {}
+    for score in (lpips, clip_score):
+        try:
+            result[score.__name__] = score()
+        except Exception as error:  # a package, its weights or the network is missing, each in its own way
+            result[score.__name__] = f"not measured: {measure.reason(error)}"
+    return result
+
+
+def read_prompts(path: Path, count: int) -> list[str]:
+    """The first prompts of a text file, one a line, or of the column Prompt of a TSV, such as PartiPrompts'.
+
+    Raises:
+        ValueError: There are fewer, or a TSV has no such column.
+    """
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    if path.suffix == ".tsv":
+        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+        if rows and "Prompt" not in rows[0]:
+            raise ValueError(f"prompts: {path} must have a column Prompt, its columns are {', '.join(rows[0])}")
+        lines = [row["Prompt"] for row in rows]
+    if len(lines) < count:
+        raise ValueError(f"prompts: {path} must have at least n={count} prompts, it has {len(lines)}")
+    return lines[:count]
+
+
+def run(
+    pipeline: str,
+    cases: Sequence[Case],
+    *,
+    count: int,
+    steps: int,
+    guidance: float,
+    prompts: Path | None,
+    path: Path,
+    batch: int = 16,
+    keep: int = 0,
+) -> tuple[dict[str, Any], dict[Case, Tensor]]:
+    """Generate and judge, case by case, writing the JSON after each; returns it and the first `keep` images of each."""
+    ours = pipeline == "shapes"
+    pipe = shapes.pipeline() if ours else DiffusionPipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    scenes = numbered(HELD_OUT, count) if ours and prompts is None else []
+    if not scenes and prompts is None:
+        raise ValueError("prompts must be a file of prompts, for any pipeline but shapes; got none")
+    texts = [scene.caption for scene in scenes] if prompts is None else read_prompts(prompts, count)
+    judged = _judge(scenes) if scenes else None
+    document: dict[str, Any] = {
+        "schema": 1,
+        "kind": "quality",
+        "note": "The i-th image of every row is from seed i and prompt i.",
+        "argv": sys.argv[1:],
+        "machine": measure.machine(),
+        "pipeline": pipeline,
+        "count": count,
+        "steps": steps,
+        "guidance": guidance,
+        "rows": [],
+    }
+    stock: Images | None = None
+    pictures = {}
+    with tqdm(total=len(cases) * count, file=sys.stderr, leave=False) as bar:
+        for case in cases:
+            bar.set_postfix_str(case.title)
+            torch.manual_seed(0)  # tomesd draws from the process's generator
+            call = VARIANTS[case.variant](share(pipe.unet), case, steps)
+            parts = []
+            for first in range(0, count, batch):
+                parts.append(generate(pipe, call, texts[first : first + batch], steps, guidance))
+                bar.update(len(parts[-1].latents))
+            images = Images(torch.cat([p.latents for p in parts]), torch.cat([p.pixels for p in parts]))
+            stock = stock or images
+            row = {"case": asdict(case), **compare(images, stock)}
+            row |= judged(images) if judged else perceived(images, stock, texts)
+            document["rows"].append(row)
+            pictures[case] = images.pixels[:keep]
+            measure.write(path, document)
+    return document, pictures
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean and its 95 % confidence interval: Wilson's for what is right or wrong, else the normal one."""
+    mean, count, z = fmean(values), len(values), NormalDist().inv_cdf(0.975)
+    if set(values) <= {0.0, 1.0}:
+        middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
+        half = z / (1 + z * z / count) * (mean * (1 - mean) / count + z * z / (4 * count * count)) ** 0.5
+        return mean, middle - half, middle + half
+    half = z * stdev(values) / count**0.5 if count > 1 and math.isfinite(mean) else math.nan
+    return mean, mean - half, mean + half
+
+
+COLUMNS = {
+    "psnr": ("PSNR, dB", "{:.1f}"),
+    "ssim": ("SSIM", "{:.3f}"),
+    "latent_error": ("latent error", "{:.3f}"),
+    "right": ("captions right", "{:.0%}"),
+    "lpips": ("LPIPS", "{:.3f}"),
+    "clip_score": ("CLIP score", "{:.1f}"),
+}
+
+
+def table(document: dict[str, Any]) -> str:
+    """Means with their 95 % confidence intervals."""
+    present = [name for name in COLUMNS if name in document["rows"][0]]
+    lines = []
+    for row in document["rows"]:
+        case = Case(**row["case"])
+        exact = case.variant == STOCK
+        line = [f"`{case.variant}`", "" if exact else f"{case.ratio:g}", "" if exact else case.scope]
+        line.append(str(case.max_downsample or "finest") if not exact else "")
+        for name in present:
+            values, form = row[name], COLUMNS[name][1]
+            if exact and name not in ("right", "clip_score"):
+                line.append("")
+            elif isinstance(values, str):
+                line.append(values)
+            else:
+                mean, low, high = map(form.format, interval(values))
+                line.append(f"{mean} ({low} - {high})")
+        lines.append([*line, f"{row['frechet']:.2f}" if "frechet" in row else ""])
+    heads = ["variant", "ratio", "scope", "levels", *(COLUMNS[name][0] for name in present), "Fréchet distance"]
+    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench quality`."""
+    parser.add_argument("--pipeline", default="shapes", help="shapes, or the folder of a pipeline with a UNet")
+    parser.add_argument("--variant", nargs="+", choices=list(VARIANTS)[1:], default=["tome_fx", "tomesd"])
+    parser.add_argument("--ratio", nargs="+", type=float, default=[0.25, 0.5, 0.75])
+    parser.add_argument("--scope", nargs="+", choices=SCOPES, default=["attn"])
+    parser.add_argument(
+        "--max-downsample", type=int, choices=(1, 2, 4, 8), help="levels to merge at; finest if not given"
+    )
+    parser.add_argument("--prompts", type=Path, help="a text file, one prompt a line, or a TSV with a column Prompt")
+    parser.add_argument("--n", type=int, default=96, help="images of each row")
+    parser.add_argument("--steps", type=int, default=12, help="denoising steps of an image")
+    parser.add_argument("--guidance", type=float, default=shapes.GUIDANCE, help="scale of the classifier-free guidance")
+    parser.add_argument("--json", type=Path, default=Path("out/quality.json"))
+    parser.add_argument("--grid", type=Path, help="a PNG of the first four prompts' images of each row")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run `python -m bench quality`."""
+    a = arguments
+    products = itertools.product(a.variant, a.scope, a.ratio)
+    cases = [Case(), *(Case(variant, ratio, scope, a.max_downsample) for variant, scope, ratio in products)]
+    document, pictures = run(
+        a.pipeline,
+        cases,
+        count=a.n,
+        steps=a.steps,
+        guidance=a.guidance,
+        prompts=a.prompts,
+        path=a.json,
+        keep=4,
+    )
+    if a.grid:
+        viz.grid(a.grid, {case.title: list(images) for case, images in pictures.items()})
+    print(f"{document['note']}\n\n{table(document)}\n\nwritten to {a.json}")

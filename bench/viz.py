@@ -1,0 +1,91 @@
+"""Pictures: images side by side, and which tokens of an image were merged."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tome_fx.api import transformed
+from tome_fx.capture import merged_sites
+
+
+def grid(path: Path, columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str] = ()) -> None:
+    """Write a PNG of images `[3, H, W]` from 0 to 1.
+
+    Args:
+        path: Where to.
+        columns: The images of each column, under its title.
+        rows: What to write at the left of each row.
+    """
+    import matplotlib as mpl  # only pictures need it
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    height = len(next(iter(columns.values())))
+    figure, axes = plt.subplots(height, len(columns), figsize=(1.4 * len(columns), 1.45 * height), squeeze=False)
+    for x, (title, images) in enumerate(columns.items()):
+        for y, image in enumerate(images):
+            axis = axes[y][x]
+            axis.imshow(image.permute(1, 2, 0).numpy())
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if y == 0:
+                axis.set_title(title, fontsize=8)
+            if x == 0 and rows:
+                axis.set_ylabel(rows[y], fontsize=7, wrap=True)
+    figure.tight_layout(pad=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def merge_map(image: Tensor, slot: Tensor, height: int, width: int) -> Tensor:
+    """The image with each group of merged tokens painted in its mean colour and outlined.
+
+    Args:
+        image: `[3, H, W]` from 0 to 1.
+        slot: The place of every token in the merged sequence, `[N]`, of a grid of `height x width`.
+        height: Rows of the grid.
+        width: Columns of the grid.
+
+    Returns:
+        `[3, H, W]`. Tokens that were merged with none are left as they are.
+    """
+    side = image.shape[-2:]
+    tokens = F.adaptive_avg_pool2d(image, (height, width)).flatten(1)
+    groups = int(slot.max()) + 1
+    sizes = torch.bincount(slot, minlength=groups)
+    means = torch.zeros(3, groups).index_add(1, slot, tokens) / sizes
+    merged = F.interpolate((sizes[slot] > 1).float().view(1, 1, height, width), side)[0, 0] > 0
+    painted = F.interpolate(means[:, slot].view(1, 3, height, width), side)[0]
+    result = torch.where(merged, painted, image)
+    label = F.interpolate(slot.double().view(1, 1, height, width), side)[0, 0]
+    edge = torch.zeros(side, dtype=torch.bool)
+    edge[:, 1:] |= label[:, 1:] != label[:, :-1]
+    edge[1:] |= label[1:] != label[:-1]
+    return torch.where(edge & merged, 0.25 * result, result)
+
+
+@contextmanager
+def recorded_slots(unet: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """While within, the slots `[B, N]` of each call of each merged block, by the block's path; eager models only."""
+    model, merging = transformed(unet)
+    found: dict[str, list[Tensor]] = {site.path: [] for site in merged_sites(model, merging.plan)}
+
+    def note(path: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[path].append(kwargs["slots"].slot.cpu())
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True) for path in found]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

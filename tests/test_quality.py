@@ -1,0 +1,174 @@
+"""The measures of quality tell a spoilt image from a good one, and pictures show what they say."""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import inputs as model_inputs
+from models import one_stage, sdxl
+from PIL import Image
+
+import tome_fx
+from bench import quality, shapes, variants, viz
+from bench.quality import Case, Images
+from bench.shapes.scenes import HELD_OUT, SIDE, draw, numbered
+from tome_fx import ops
+from tome_fx.api import share
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*CLIPImageProcessor.*"),
+]
+
+
+def pictures(count: int = 64) -> Images:
+    pixels = draw(numbered(HELD_OUT, count), SIDE) / 2 + 0.5
+    return Images(pixels[:, :, ::4, ::4], pixels)
+
+
+def spoilt(images: Images, much: float) -> Images:
+    noise = torch.randn(images.pixels.shape, generator=torch.Generator().manual_seed(0))
+    pixels = (images.pixels + much * noise).clamp(0, 1)
+    return Images(pixels[:, :, ::4, ::4], pixels)
+
+
+def test_every_measure_falls_the_more_an_image_is_spoilt() -> None:
+    good = pictures()
+    judged = quality._judge(numbered(HELD_OUT, 64))
+    rows = [quality.compare(image, good) | judged(image) for image in (good, spoilt(good, 0.3), spoilt(good, 0.8))]
+    means = {name: [quality.interval(row[name])[0] for row in rows] for name in ("ssim", "latent_error", "right")}
+    assert means["ssim"][0] == pytest.approx(1, abs=1e-3)
+    assert means["ssim"] == sorted(means["ssim"], reverse=True)
+    assert means["latent_error"][0] == 0
+    assert means["latent_error"] == sorted(means["latent_error"])
+    assert means["right"][0] >= 0.98
+    assert means["right"][2] < 0.5
+    assert rows[0]["psnr"] == [math.inf] * 64
+    assert max(rows[2]["psnr"]) < min(rows[1]["psnr"])
+    distances = [row["frechet"] for row in rows]
+    assert distances == sorted(distances)
+    assert distances[2] > 10 * distances[0]
+
+
+def test_an_interval_holds_the_mean_and_narrows_with_the_count() -> None:
+    half = 1.26517  # 1.95996 of the standard deviation over the root of the count
+    assert quality.interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-4)
+    wilson = (0.9, 0.596, 0.982)  # for 9 of 10
+    assert quality.interval([1.0] * 9 + [0.0]) == pytest.approx(wilson, abs=1e-3)
+    _, low, high = quality.interval([1.0] * 20)
+    assert 0.8 < low < high <= 1.0
+
+
+def test_prompts_are_read_from_lines_or_from_the_column_of_a_tsv(tmp_path: Path) -> None:
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("a cat\n\na dog\n")
+    assert quality.read_prompts(lines, 2) == ["a cat", "a dog"]
+    table = tmp_path / "parti.tsv"
+    table.write_text('Prompt\tCategory\na "big" cat\tAnimals\na dog, left\tAnimals\n')  # as PartiPrompts', unquoted
+    assert quality.read_prompts(table, 2) == ['a "big" cat', "a dog, left"]
+    with pytest.raises(ValueError, match=r"prompts: .* must have at least n=5 prompts, it has 2"):
+        quality.read_prompts(lines, 5)
+    table.write_text("Text\tCategory\na cat\tAnimals\n")
+    with pytest.raises(ValueError, match="must have a column Prompt, its columns are Text, Category"):
+        quality.read_prompts(table, 1)
+
+
+def test_a_run_gives_every_variant_the_same_seeds_and_keeps_all_values(tmp_path: Path) -> None:
+    cases = [Case(), Case("tome_fx", 0.5), Case("tome_fx", 0.0), Case("each-step", 0.5), Case("tomesd", 0.5)]
+    options: dict[str, Any] = {"count": 3, "steps": 2, "guidance": 3.0, "prompts": None, "batch": 2, "keep": 1}
+    document, kept = quality.run("shapes", cases, path=tmp_path / "q.json", **options)
+    rows = {row["case"]["variant"] + str(row["case"]["ratio"]): row for row in document["rows"]}
+    assert rows["stock0.0"]["latent_error"] == rows["tome_fx0.0"]["latent_error"] == [0.0] * 3
+    for name in ("tome_fx0.5", "each-step0.5", "tomesd0.5"):
+        assert all(0 < error < 0.5 for error in rows[name]["latent_error"])
+        assert len(rows[name]["right"]) == 3
+    assert len({tuple(row["latent_error"]) for row in document["rows"]}) == 4
+    assert [images.shape for images in kept.values()] == [(1, 3, SIDE, SIDE)] * 5
+    assert len(quality.table(document).splitlines()) == 2 + len(cases)
+
+
+def test_another_pipeline_needs_prompts_and_is_told_what_cannot_be_measured(tmp_path: Path, monkeypatch: Any) -> None:
+    options: dict[str, Any] = {"count": 1, "steps": 1, "guidance": 3.0, "path": tmp_path / "q.json"}
+    with pytest.raises(ValueError, match="prompts must be a file of prompts, for any pipeline but shapes; got none"):
+        quality.run(str(shapes.PIPELINE), [Case()], prompts=None, **options)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    for module in ("torchmetrics.image.lpip", "torchmetrics.multimodal.clip_score"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it could not be had
+    document, _ = quality.run(str(shapes.PIPELINE), [Case()], prompts=prompts, **options)
+    (row,) = document["rows"]
+    assert "right" not in row
+    assert row["lpips"].startswith("not measured: ModuleNotFoundError: ")
+    assert row["clip_score"].startswith("not measured: ModuleNotFoundError: ")
+    assert "not measured" in quality.table(document)
+
+
+def test_one_match_leaves_one_match_for_stacked_blocks() -> None:
+    unet = sdxl()
+    ours = tome_fx.transform(unet, 0.5, max_downsample=4)
+    shared = variants.one_match(share(ours))
+    for path, module in ours.named_modules():
+        if type(module).__name__ == "Transformer2DModel" and hasattr(module, "graph"):
+            count = [
+                sum(node.target is ops.match for node in graph.nodes)
+                for graph in (module.graph, shared.get_submodule(path).graph)
+            ]
+            assert count == [len(module.transformer_blocks), 1]
+    with torch.no_grad():
+        given = model_inputs(unet)
+        assert not torch.equal(shared(**given).sample, ours(**given).sample)
+
+
+def test_other_destinations_in_every_step_come_round_again() -> None:
+    unet = one_stage()
+    given = model_inputs(unet)
+    with torch.no_grad():
+        call = quality._each_step(unet, Case("each-step", 0.5), 3)
+        outputs = [call(**given).sample for _ in range(6)]
+    assert not torch.equal(outputs[0], outputs[1])
+    assert all(torch.equal(outputs[i], outputs[i + 3]) for i in range(3))
+
+
+def test_a_merge_map_paints_each_group_in_its_mean_colour_and_leaves_the_rest() -> None:
+    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    slot = torch.arange(16)
+    slot[[1, 2]] = 0  # three tokens of 4 x 4 pixels in the first row
+    result = viz.merge_map(image, slot, 4, 4)
+    mean = image[:, :4, :12].mean((1, 2))
+    assert torch.allclose(result[:, 1, 1], mean, atol=1e-6)
+    assert torch.allclose(result[:, 2, 9], mean, atol=1e-6)
+    assert torch.equal(result[:, 4:], image[:, 4:])
+    assert torch.equal(result[:, :4, 12:], image[:, :4, 12:])
+
+
+def test_a_merge_map_outlines_groups() -> None:
+    image = torch.ones(3, 16, 16)
+    slot = torch.arange(16)
+    slot[[5, 6]] = 4
+    result = viz.merge_map(image, slot, 4, 4)
+    assert (result[:, 4, 0:12] < 1).all()
+    assert (result[:, 5:8, 1:12] == 1).all()
+
+
+def test_slots_are_recorded_and_the_model_is_left_without_hooks() -> None:
+    unet = tome_fx.transform(one_stage(), 0.5)
+    given = model_inputs(unet)
+    with torch.no_grad(), viz.recorded_slots(unet) as slots:
+        for _ in range(2):
+            unet(**given)
+    assert {len(calls) for calls in slots.values()} == {2}
+    assert all(slot.shape == (2, 32 * 32) for calls in slots.values() for slot in calls)
+    assert not any(module._forward_pre_hooks for module in unet.modules())
+
+
+def test_a_grid_is_written_with_a_column_for_each_title(tmp_path: Path) -> None:
+    images = [torch.rand(3, 8, 8) for _ in range(2)]
+    viz.grid(tmp_path / "two.png", {"a": images, "b": images}, ["first", "second"])
+    viz.grid(tmp_path / "three.png", {"a": images, "b": images, "c": images})
+    with Image.open(tmp_path / "two.png") as first, Image.open(tmp_path / "three.png") as second:
+        two, three = first.size, second.size
+    assert three[0] > two[0]
+    assert three[1] == two[1]
