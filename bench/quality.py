@@ -135,10 +135,12 @@ def _judge(scenes: Sequence[Scene]) -> Callable[[Images], dict[str, Any]]:
         distance.update(draw(numbered(HELD_OUT + len(scenes) + first, 128), SIDE) / 2 + 0.5, real=True)
 
     def judged(images: Images) -> dict[str, Any]:
-        distance.reset()
-        distance.update(images.pixels, real=False)
-        right = reader.right(scenes, 2 * images.pixels - 1)
-        return {"right": right.float().tolist(), "frechet": float(distance.compute())}
+        result: dict[str, Any] = {"right": reader.right(scenes, 2 * images.pixels - 1).float().tolist()}
+        if len(scenes) > 1:  # of a single image there is no covariance
+            distance.reset()
+            distance.update(images.pixels, real=False)
+            result["frechet"] = float(distance.compute())
+        return result
 
     return judged
 
@@ -186,6 +188,25 @@ def read_prompts(path: Path, count: int) -> list[str]:
     return lines[:count]
 
 
+def load(pipeline: str, prompts: Path | None, count: int) -> tuple[Any, list[str], list[Scene]]:
+    """The pipeline, so many prompts, and the scenes that they are captions of, if they are.
+
+    Raises:
+        ValueError: There are no prompts, or too few, or `count` is not positive.
+    """
+    if count < 1:
+        raise ValueError(f"n must be at least 1, got {count}")
+    ours = pipeline == "shapes"
+    if not ours and prompts is None:
+        raise ValueError("prompts must be a file of prompts, for any pipeline but shapes; got none")
+    pipe = shapes.pipeline() if ours else DiffusionPipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    if prompts is not None:
+        return pipe, read_prompts(prompts, count), []
+    scenes = numbered(HELD_OUT, count)
+    return pipe, [scene.caption for scene in scenes], scenes
+
+
 def run(
     pipeline: str,
     cases: Sequence[Case],
@@ -199,13 +220,7 @@ def run(
     keep: int = 0,
 ) -> tuple[dict[str, Any], dict[Case, Tensor]]:
     """Generate and judge, case by case, writing the JSON after each; returns it and the first `keep` images of each."""
-    ours = pipeline == "shapes"
-    pipe = shapes.pipeline() if ours else DiffusionPipeline.from_pretrained(pipeline)
-    pipe.set_progress_bar_config(disable=True)
-    scenes = numbered(HELD_OUT, count) if ours and prompts is None else []
-    if not scenes and prompts is None:
-        raise ValueError("prompts must be a file of prompts, for any pipeline but shapes; got none")
-    texts = [scene.caption for scene in scenes] if prompts is None else read_prompts(prompts, count)
+    pipe, texts, scenes = load(pipeline, prompts, count)
     judged = _judge(scenes) if scenes else None
     document: dict[str, Any] = {
         "schema": 1,
@@ -299,6 +314,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, default=shapes.GUIDANCE, help="scale of the classifier-free guidance")
     parser.add_argument("--json", type=Path, default=Path("out/quality.json"))
     parser.add_argument("--grid", type=Path, help="a PNG of the first four prompts' images of each row")
+    parser.add_argument("--map", type=Path, help="only write this PNG: what the first ratio merges in the first image")
+
+
+def write_map(arguments: argparse.Namespace) -> None:
+    """What `--map` asks for."""
+    a = arguments
+    pipe, texts, _ = load(a.pipeline, a.prompts, 1)
+    case = Case("tome_fx", a.ratio[0], a.scope[0], a.max_downsample)
+    pipe.unet = VARIANTS["tome_fx"](pipe.unet, case, a.steps)
+    viz.merge_maps(a.map, pipe, texts[0], steps=a.steps, guidance=a.guidance)
+    print(f"written to {a.map}")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -306,6 +332,9 @@ def main(arguments: argparse.Namespace) -> None:
     a = arguments
     products = itertools.product(a.variant, a.scope, a.ratio)
     cases = [Case(), *(Case(variant, ratio, scope, a.max_downsample) for variant, scope, ratio in products)]
+    if a.map:
+        write_map(a)
+        return
     document, pictures = run(
         a.pipeline,
         cases,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tome_fx.api import transformed
 from tome_fx.capture import merged_sites
+from tome_fx.plan import downsampled
 
 
 def grid(path: Path, columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str] = ()) -> None:
@@ -69,6 +70,34 @@ def merge_map(image: Tensor, slot: Tensor, height: int, width: int) -> Tensor:
     edge[:, 1:] |= label[:, 1:] != label[:, :-1]
     edge[1:] |= label[1:] != label[:-1]
     return torch.where(edge & merged, 0.25 * result, result)
+
+
+def merge_maps(path: Path, pipe: Any, prompt: str, *, steps: int, guidance: float, seed: int = 0) -> None:
+    """Make an image and write a PNG of what was merged in it: a row for each site, a column for each of three steps.
+
+    Args:
+        path: Where to.
+        pipe: A pipeline whose UNet is transformed and not compiled.
+        prompt: What to make.
+        steps: Denoising steps of the image; shown are the first, the middle and the last.
+        guidance: Scale of the classifier-free guidance. The half of the batch that has the prompt is shown.
+        seed: Of the image.
+    """
+    with torch.no_grad(), recorded_slots(pipe.unet) as slots:
+        generator = torch.Generator().manual_seed(seed)
+        options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "latent"}
+        latents = pipe(prompt, generator=generator, **options).images
+        image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample[0].clamp(-1, 1) / 2 + 0.5
+    sites = {site.path: site for site in merged_sites(pipe.unet, transformed(pipe.unet)[1].plan)}
+    columns: dict[str, list[Tensor]] = {"image": [image] * len(sites)}
+    for step in sorted({0, steps // 2, steps - 1}):
+        columns[f"step {step + 1} of {steps}"] = [
+            merge_map(
+                image, calls[step][-1], *(downsampled(side, sites[where].downsample) for side in latents.shape[-2:])
+            )
+            for where, calls in slots.items()
+        ]
+    grid(path, columns, [where.replace(".transformer_blocks", "\n.transformer_blocks") for where in slots])
 
 
 @contextmanager

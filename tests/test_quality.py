@@ -1,5 +1,6 @@
 """The measures of quality tell a spoilt image from a good one, and pictures show what they say."""
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -172,3 +173,15 @@ def test_a_grid_is_written_with_a_column_for_each_title(tmp_path: Path) -> None:
         two, three = first.size, second.size
     assert three[0] > two[0]
     assert three[1] == two[1]
+
+
+def test_the_command_writes_a_map_of_each_site_and_a_grid_of_each_row(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    quality.add_arguments(parser)
+    given = ["--n", "1", "--steps", "2", "--ratio", "0.5", "--variant", "tome_fx", "--json", str(tmp_path / "q.json")]
+    quality.main(parser.parse_args([*given, "--map", str(tmp_path / "map.png")]))
+    assert not (tmp_path / "q.json").exists()
+    quality.main(parser.parse_args([*given, "--grid", str(tmp_path / "grid.png")]))
+    assert (tmp_path / "q.json").exists()
+    with Image.open(tmp_path / "map.png") as maps, Image.open(tmp_path / "grid.png") as grid:
+        assert maps.size[1] > 2.5 * grid.size[1]  # three sites, one prompt

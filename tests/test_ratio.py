@@ -171,7 +171,7 @@ def test_a_model_that_is_not_transformed_is_an_error() -> None:
     for model in models:
         with pytest.raises(TransformError, match=r"UNet2DConditionModel is not transformed: pass what .*transform"):
             set_ratio(model, 0.5)
-    with pytest.raises(TypeError, match="model must be a UNet2DConditionModel or ControlNetModel, got Linear"):
+    with pytest.raises(TypeError, match=r"model must be a UNet2DConditionModel, .*, got Linear"):
         set_ratio(torch.nn.Linear(1, 1), 0.5)
     with pytest.raises(TypeError, match=r"pass pipe\.unet, not the pipeline"):
         set_ratio(pipeline(two_stages()), 0.5)

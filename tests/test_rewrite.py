@@ -21,6 +21,7 @@ from tome_fx.trace import Template
 
 RATIO = 0.5
 STRIDES = {"sx": 2, "sy": 2}
+MATCH: dict[str, Any] = {"image": "image", "ratio": RATIO, **STRIDES, "seed": 7}
 
 
 def checkpointed(function: nn.Module, *args: Tensor, **kwargs: Any) -> Any:
@@ -196,7 +197,7 @@ def test_the_code_of_a_merged_block_reads_as_the_docstring_says() -> None:
 
 def test_the_code_of_an_outer_graph_matches_before_each_named_block() -> None:
     graph = by_template(Stack())
-    assert insert_match(graph, {"first": 7, "second": None}, image="image", ratio=RATIO, **STRIDES) == 2
+    assert insert_match(graph, ("first", "second"), **MATCH) == 2
     lines = code(graph)
     assert lines[:8] == [
         "def forward(self, noise, image):",
@@ -209,8 +210,7 @@ def test_the_code_of_an_outer_graph_matches_before_each_named_block() -> None:
         "first = self.first(getattr_1, gain = 2.0, slots = match)",
     ]
     assert (
-        "match_1 = tome_fx_ops_match(first, height, width, kept = kept, sx = 2, sy = 2, seed = None)  # " + SLOTS
-        in lines
+        "match_1 = tome_fx_ops_match(first, height, width, kept = kept, sx = 2, sy = 2, seed = 7)  # " + SLOTS in lines
     )
 
 
@@ -218,7 +218,7 @@ def test_the_code_of_an_outer_graph_matches_before_each_named_block() -> None:
 def test_a_block_that_is_not_named_gets_no_slot_map(trace: Trace) -> None:
     graph = trace(Stack())
     before = counts(graph)
-    assert insert_match(graph, {"first": 1, "absent": 2}, image="image", ratio=RATIO, **STRIDES) == 1
+    assert insert_match(graph, ("first", "absent"), **MATCH) == 1
     graph.lint()
     assert counts(graph) - before == Counter({ops.match: 1, plan.kept: 1, "size": 2})
     (second,) = [node for node in graph.nodes if is_call_of(node, "second")]
@@ -233,7 +233,7 @@ def test_an_input_may_be_named_as_the_sizes_are(trace: Trace) -> None:
             return super().forward(height, image)
 
     graph = trace(Named())
-    insert_match(graph, {"first": 7}, image="image", ratio=RATIO, **STRIDES)
+    insert_match(graph, ("first",), **MATCH)
     graph.lint()
 
 
@@ -241,7 +241,7 @@ def test_an_input_may_be_named_as_the_sizes_are(trace: Trace) -> None:
 def test_where_no_block_is_named_the_outer_graph_stays_as_it_was(trace: Trace) -> None:
     graph = trace(Stack())
     before = code(graph)
-    assert insert_match(graph, {"absent": 2}, image="image", ratio=RATIO, **STRIDES) == 0
+    assert insert_match(graph, ("absent",), **MATCH) == 0
     assert code(graph) == before
 
 
@@ -267,7 +267,7 @@ def test_the_shape_of_what_the_pass_touches_is_in_the_metadata(trace: Trace) -> 
     for node in graph.nodes:
         assert node.meta.get("shape") == expected.get(node.target)
     graph = trace(Stack())
-    insert_match(graph, {"first": 7}, image="image", ratio=RATIO, **STRIDES)
+    insert_match(graph, ("first",), **MATCH)
     assert {n.target: n.meta["shape"] for n in graph.nodes if "shape" in n.meta} == {
         ops.match: "[B, N], [B, N], [B, K]"
     }
@@ -281,7 +281,7 @@ def test_rewriting_the_same_module_again_prints_the_same_code(kind: type[nn.Modu
     for _ in range(2):
         graph = trace(module)
         if kind is Stack:
-            insert_match(graph, {"first": 7, "second": 8}, image="image", ratio=RATIO, **STRIDES)
+            insert_match(graph, ("first", "second"), **MATCH)
         else:
             insert_merge(graph, ("attn", "ff"))
         printed.append(graph.python_code("self").src)
@@ -321,10 +321,10 @@ def test_an_outer_graph_computes_what_matches_by_hand_give(trace: Trace) -> None
     stack = Stack()
     noise, image = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     graph = trace(stack)
-    insert_match(graph, {"first": 7, "second": None}, image="image", ratio=RATIO, **STRIDES)
+    insert_match(graph, ("first", "second"), **MATCH)
     x = image.flatten(2).mT
     x = stack.first(x, gain=2.0, slots=matched(x, 4, 5, 7))
-    x = stack.second(x, slots=matched(x, 4, 5, None))
+    x = stack.second(x, slots=matched(x, 4, 5, 7))
     expected = x.mT.reshape(image.shape) + noise
     torch.testing.assert_close(fx.GraphModule(stack, graph)(noise, image), expected, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(expected, stack(noise, image)), "merging has changed nothing, so this shows nothing"
@@ -339,7 +339,7 @@ def test_a_block_called_through_a_function_without_keywords_is_handed_its_slot_m
 
     stack, image = Positional(), torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     graph = trace(stack)
-    assert insert_match(graph, {"first": 7}, image="image", ratio=RATIO, **STRIDES) == 1
+    assert insert_match(graph, ("first",), **MATCH) == 1
     x = image.flatten(2).mT
     expected = stack.first(x, slots=matched(x, 4, 5, 7))
     torch.testing.assert_close(fx.GraphModule(stack, graph)(image, image), expected, rtol=1e-6, atol=1e-6)

@@ -323,16 +323,14 @@ def test_the_seed_decides_the_output_and_no_generator_is_read_or_advanced() -> N
         assert relative_error(output(transform(model, **options), arguments), first) > 1e-3
 
 
-def test_every_block_has_destinations_of_its_own_and_the_grid_is_used_evenly() -> None:
+def test_all_blocks_choose_alike_and_the_grid_is_used_evenly() -> None:
     result = transform(sdxl(), max_downsample=8)
     nodes = [node for t in transformers(result).values() for node in t.graph.nodes if node.target is ops.match]
-    seeds = [node.kwargs["seed"] for node in nodes]
-    assert len(seeds) == len(set(seeds)) == len(blocks(result))
-    cells = 16 * 16 // 4
-    patterns = [ops.destinations_first(16, 16, 2, 2, seed, torch.device("cpu"))[:cells] for seed in seeds]
-    for one, other in itertools.combinations(patterns, 2):
-        assert (one == other).float().mean() < 0.6  # a quarter, if independent
-    corner = torch.stack([(p // 16 % 2) * 2 + p % 2 for p in patterns]).flatten()
+    seeds = {node.kwargs["seed"] for node in nodes}
+    assert len(nodes) == len(blocks(result))
+    assert len(seeds) == 1
+    pattern = ops.destinations_first(64, 64, 2, 2, seeds.pop(), torch.device("cpu"))[: 32 * 32]
+    corner = (pattern // 64 % 2) * 2 + pattern % 2
     share = corner.bincount(minlength=4) / len(corner)
     assert ((share - 0.25).abs() < 4 * math.sqrt(0.25 * 0.75 / len(corner))).all()
 
@@ -571,7 +569,7 @@ def test_a_stride_may_be_as_large_as_the_finest_grid_with_attention() -> None:
     ids=["linear", "none", "pipeline"],
 )
 def test_what_is_not_a_unet_is_a_type_error(model: Any, message: str) -> None:
-    with pytest.raises(TypeError, match=r"model must be a UNet2DConditionModel or ControlNetModel, " + message):
+    with pytest.raises(TypeError, match=r"model must be a UNet2DConditionModel, .*, " + message):
         transform(model)
 
 

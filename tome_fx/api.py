@@ -47,8 +47,8 @@ def transform(
     given is left as it is. The result runs eagerly, and `torch.compile(..., fullgraph=True)` takes it whole.
 
     Args:
-        model: A `UNet2DConditionModel`, `ControlNetModel`, `UNetMotionModel` (AnimateDiff, whose motion modules are left
-            alone) or `UNet3DConditionModel`, not compiled and not transformed yet.
+        model: A `UNet2DConditionModel`, `ControlNetModel`, `UNetMotionModel` or `UNet3DConditionModel`, not compiled
+            and not transformed yet. Of the last two the blocks over single frames are merged in, those over time never.
         ratio: Share of the tokens to remove, from 0 (the original, bit for bit) to `1 - 1 / (sx * sy)`. Half is
             where images still look the same, says the paper.
         max_downsample: Merge at the levels whose tokens are at most this many latents wide: 1, 2, 4 or 8. None
@@ -58,8 +58,8 @@ def transform(
         sy: Height of the cells, in tokens. 2 x 2 lets up to three quarters of the tokens merge.
         use_rand: Choose the destination in each cell pseudo-randomly, which avoids the pattern of a regular grid.
             False takes the top left token of every cell.
-        seed: For `use_rand`, from 0 to 2**32 - 1. The choice is a pure function of seed, block and cell: the same
-            in every step, batch and run, compiled or not. No random number generator is read or advanced.
+        seed: For `use_rand`, from 0 to 2**32 - 1. The choice is a pure function of seed and cell: the same in every
+            block, step, batch and run, compiled or not. No random number generator is read or advanced.
         merge_attn: Merge around self-attention, where the cost is quadratic.
         merge_crossattn: Merge around cross-attention as well. Costs quality for little speed.
         merge_mlp: Merge around the feed-forward as well. Costs quality.
@@ -166,9 +166,9 @@ def share(model: Model) -> Model:
 
 def _check_type(model: object) -> None:
     if not isinstance(model, MODELS):
-        expected = " or ".join(cls.__name__ for cls in MODELS)
+        *names, last = (cls.__name__ for cls in MODELS)
         hint = "; pass pipe.unet, not the pipeline" if hasattr(model, "unet") else ""
-        raise TypeError(f"model must be a {expected}, got {type(model).__name__}{hint}")
+        raise TypeError(f"model must be a {', '.join(names)} or {last}, got {type(model).__name__}{hint}")
 
 
 def _check_model(model: nn.Module) -> None:

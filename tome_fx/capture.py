@@ -28,14 +28,12 @@ class Site:
         transformer: Path of the `Transformer2DModel` that the block belongs to.
         block: The block's name in there.
         downsample: Latents per token along a side: the level's factor.
-        number: The block's place among all blocks of the model. Its destinations depend on it.
         channels: Width of a token.
     """
 
     transformer: str
     block: str
     downsample: int
-    number: int
     channels: int
 
     @property
@@ -51,13 +49,14 @@ class MatchPass:
     ratio: float | None
     sx: int
     sy: int
-    seeds: tuple[tuple[str, int | None], ...]
+    seed: int | None
+    blocks: tuple[str, ...]
 
     def __call__(self, graph: fx.Graph) -> int:
         """Change the graph in place; returns how many blocks were matched for."""
-        seeds = dict(self.seeds)
-        count = insert_match(graph, seeds, image="hidden_states", ratio=self.ratio, sx=self.sx, sy=self.sy)
-        _require(count, tuple(seeds), graph)
+        ratio, seed = self.ratio, self.seed
+        count = insert_match(graph, self.blocks, image="hidden_states", ratio=ratio, sx=self.sx, sy=self.sy, seed=seed)
+        _require(count, self.blocks, graph)
         return count
 
 
@@ -85,7 +84,7 @@ def find_sites(model: nn.Module) -> list[Site]:
             if isinstance(transformer, Transformer2DModel) and transformer.is_input_continuous:
                 for i, block in enumerate(transformer.transformer_blocks):
                     if isinstance(block, BasicTransformerBlock):
-                        sites.append(Site(path, f"transformer_blocks.{i}", downsample, len(sites), block.dim))
+                        sites.append(Site(path, f"transformer_blocks.{i}", downsample, block.dim))
     return sites
 
 
@@ -137,10 +136,10 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
         for site in find_sites(model)
     }
     for path in dict.fromkeys(site.transformer for site in chosen):
-        seeds = {site.block: plan.site_seed(site.number) for site in chosen if site.transformer == path}
+        blocks = tuple(site.block for site in chosen if site.transformer == path)
         classes[path] = specialize(
             model.get_submodule(path),
-            MatchPass(ratio, plan.sx, plan.sy, tuple(seeds.items()) if plan.matches else ()),
+            MatchPass(ratio, plan.sx, plan.sy, plan.cell_seed, blocks if plan.matches else ()),
             example={"hidden_states": "4d", "encoder_hidden_states": "3d", "return_dict": False},
             live=("training", "gradient_checkpointing"),
             leaves=("_gradient_checkpointing_func",),

@@ -91,9 +91,14 @@ class Plan:
         """The ratio as a size: see NOTE [A ratio as a size]."""
         return NO_RATIO + round(self.ratio * THOUSAND)
 
-    def site_seed(self, site: int) -> int | None:
-        """The seed of the `site`-th block of a model, or None where destinations are each cell's top left."""
-        return scramble(scramble(self.seed) + site) if self.use_rand else None
+    @property
+    def cell_seed(self) -> int | None:
+        """What the cells of a grid are numbered from, or None where destinations are each cell's top left.
+
+        It is one for all blocks, so that those of a level choose alike: the compiler then makes one kernel for them
+        all and computes it once, and images were as close to the unmerged ones as with a choice for each block.
+        """
+        return scramble(self.seed) if self.use_rand else None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Nothing here knows diffusers. A graph is a `torch.fx.Graph`; the modules to act on are named by the caller.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import fx
@@ -29,7 +29,7 @@ class WithSlots:
 
 
 def insert_match(
-    graph: fx.Graph, seeds: Mapping[str, int | None], *, image: str, ratio: float | None, sx: int, sy: int
+    graph: fx.Graph, blocks: Collection[str], *, image: str, ratio: float | None, sx: int, sy: int, seed: int | None
 ) -> int:
     """Plan a merge before each named block and hand the block its slot map.
 
@@ -46,16 +46,17 @@ def insert_match(
 
     Args:
         graph: Changed in place.
-        seeds: The blocks' names in the graph, each with the seed of its destinations.
+        blocks: Their names in the graph.
         image: Name of the input `[B, C, H, W]` whose grid the tokens lie on.
         ratio: Share of the tokens to remove; None reads it off the module, by NOTE [A ratio as a size].
         sx: Width of a cell, in tokens.
         sy: Height of a cell, in tokens.
+        seed: Of the destinations, for `match`.
 
     Returns:
         How many blocks were given a slot map.
     """
-    calls = _calls(graph, seeds)
+    calls = _calls(graph, blocks)
     if not calls:
         return 0
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -67,12 +68,12 @@ def insert_match(
             kept = graph.call_function(plan.kept_by_size, (height, width, graph.get_attr(RATIO_SIZE)))
         else:
             kept = graph.call_function(plan.kept, (height, width, ratio))
-    for node, name, place in calls:
+    for node, _, place in calls:
         with graph.inserting_before(node):
             slots = graph.call_function(
                 ops.match,
                 (node.args[place], height, width),
-                {"kept": kept, "sx": sx, "sy": sy, "seed": seeds[name]},
+                {"kept": kept, "sx": sx, "sy": sy, "seed": seed},
             )
             if place:  # called through a function, which may pass positional arguments alone
                 bound = graph.call_function(WithSlots, (node.args[place - 1], slots))

@@ -224,9 +224,11 @@ def train_denoiser(
     test = numbered(HELD_OUT, 48)
 
     def loss(step: int) -> Tensor:
-        scenes = numbered(32 * step, 32)
+        fine = step >= coarse
+        count = 16 if fine else 32
+        scenes = numbered(32 * step, count)
         with torch.no_grad():
-            images = draw(scenes, SIDE if step >= coarse else SIDE // 2)
+            images = draw(scenes, SIDE if fine else SIDE // 2)
             latents = vae.encode(images).latent_dist.sample() * vae.config.scaling_factor
         noise = torch.randn_like(latents)
         times = torch.randint(0, pipe.scheduler.config.num_train_timesteps, (len(latents),))
@@ -275,8 +277,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("out/shapes"), help="where what is not finished is kept")
     parser.add_argument("--reader-steps", type=int, default=1500)
     parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--coarse-steps", type=int, default=5500, help="steps of the denoiser at half the side")
-    parser.add_argument("--steps", type=int, default=6200, help="steps of the denoiser in all")
+    parser.add_argument("--coarse-steps", type=int, default=3500, help="steps of the denoiser at half the side")
+    parser.add_argument("--steps", type=int, default=5400, help="steps of the denoiser in all")
     parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="where the trained pipeline is written")
     parser.add_argument("--reader", type=Path, default=judge.WEIGHTS, help="where the trained reader is written")
     a = parser.parse_args()
