@@ -1,8 +1,9 @@
 """The contract of the package as a whole.
 
 A file imports only files to its right: `__init__ > diagnose > explain > schedule > api > capture > inputs > specialize
-> trace > rewrite > ops > plan`. One file knows diffusers, the last one does without torch, and each is short enough to
-read. Importing tome_fx brings no module that its dependencies do not bring, and leaves every setting of torch as it is.
+> trace > passes > rewrite > ops > plan`. One file knows diffusers, the last one does without torch, and each is short
+enough to read. Importing tome_fx brings no module that its dependencies do not bring, and leaves every setting of torch
+as it is.
 """
 
 import ast
@@ -26,6 +27,7 @@ ARROW = [
     "inputs",
     "specialize",
     "trace",
+    "passes",
     "rewrite",
     "ops",
     "plan",

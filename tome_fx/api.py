@@ -89,6 +89,8 @@ def transform(
     )
     _check_model(model)
     result = share(model)
+    for module in result.modules():
+        vars(module).pop("forward", None)  # the class's own, which hooks leave there: it would hide the rewritten one
     _install(result, plan)
     return result
 
@@ -161,7 +163,10 @@ def _install(model: nn.Module, plan: Plan) -> None:
 
 def share(model: Model) -> Model:
     """A copy of the model with a structure and a state of its own and the same parameters and buffers."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+    except Exception as error:
+        raise TransformError(f"the structure of {type(model).__name__} cannot be copied: {error}") from error
 
 
 def _check_type(model: object) -> None:
@@ -181,10 +186,11 @@ def _check_model(model: nn.Module) -> None:
             "model is transformed already: change its ratio with tome_fx.set_ratio, or transform the original instead"
         )
     for path, module in model.named_modules():
-        where = f"{path} ({type(module).__name__})"
+        where = f"{path or 'model'} ({type(module).__name__})"
         if module._compiled_call_impl is not None:
             raise TransformError(f"model is compiled already, at {where}: transform it first, then compile the result")
-        if "forward" in vars(module):
+        forward = vars(module).get("forward")
+        if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
             raise TransformError(
                 f"forward of {where} is replaced on the instance, as offloading hooks do: transform the model first, "
                 "then enable them on the result"

@@ -10,10 +10,10 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from diffusers.models.unets.unet_motion_model import UNetMotionModel
-from torch import fx, nn
+from torch import nn
 
+from tome_fx.passes import MatchPass, MergePass
 from tome_fx.plan import Plan, TransformError, downsampled
-from tome_fx.rewrite import insert_match, insert_merge
 from tome_fx.specialize import specialize
 
 VIDEO = (UNetMotionModel, UNet3DConditionModel)  # frames of a clip, which are a batch of images to what is rewritten
@@ -40,40 +40,6 @@ class Site:
     def path(self) -> str:
         """The block's path in the model."""
         return f"{self.transformer}.{self.block}"
-
-
-@dataclass(frozen=True)
-class MatchPass:
-    """The pass for a `Transformer2DModel`: a slot map for each of its blocks. A ratio of None is a dynamic one."""
-
-    ratio: float | None
-    sx: int
-    sy: int
-    seed: int | None
-    blocks: tuple[str, ...]
-
-    def __call__(self, graph: fx.Graph) -> int:
-        """Change the graph in place; returns how many blocks were matched for."""
-        ratio, seed = self.ratio, self.seed
-        count = insert_match(graph, self.blocks, image="hidden_states", ratio=ratio, sx=self.sx, sy=self.sy, seed=seed)
-        _require(count, self.blocks, graph)
-        return count
-
-
-@dataclass(frozen=True)
-class MergePass:
-    """The pass for a `BasicTransformerBlock`: each scope's module sees merged tokens, at whatever ratio."""
-
-    scopes: tuple[str, ...]
-
-    def __call__(self, graph: fx.Graph) -> int:
-        """Change the graph in place; returns how many modules were wrapped."""
-        for node in graph.nodes:
-            if node.target in self.scopes:
-                _refuse_masks(node)
-        count = insert_merge(graph, self.scopes)
-        _require(count, self.scopes, graph)
-        return count
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -161,26 +127,6 @@ def _stages(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     for path, stage in model.named_modules():
         if stage in factors:
             yield path, stage, factors[stage]
-
-
-def _require(count: int, modules: tuple[str, ...], graph: fx.Graph) -> None:
-    """Every module asked for must have been found: a merge that is left out silently is an option that does nothing."""
-    if count != len(modules):
-        called = sorted(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
-        raise TransformError(f"expected one call each of {', '.join(modules)}, found calls of {', '.join(called)}")
-
-
-def _refuse_masks(node: fx.Node) -> None:
-    """A mask over image tokens does not fit merged tokens."""
-    for module, mask, scope in (
-        ("attn1", "attention_mask", "merge_attn"),
-        ("attn2", "ip_adapter_masks", "merge_crossattn"),
-    ):
-        if node.target == module and node.kwargs.get(mask) is not None:
-            raise TransformError(
-                f"{mask} was given to {module}, whose tokens are merged ({scope}=True): the mask has an entry for "
-                f"every image token and merged tokens are fewer. Leave {mask} out, or transform with {scope}=False"
-            )
 
 
 def _refuse_large_strides(model: nn.Module, plan: Plan, finest: int) -> None:

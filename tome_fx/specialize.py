@@ -63,7 +63,8 @@ def specialize(
 
     Args:
         module: Its class, its flags and the names of its children decide the graph; its weights do not.
-        rewrite: The pass that every graph goes through. Equal passes share a class, so it must be hashable.
+        rewrite: The pass that every graph goes through. Equal passes share a class, so it must be hashable. Its method
+            `check`, if it has one, is called before each forward with the module and the inputs that the pass added.
         example: A call to trace at once: the `kind` of each argument given, by name.
         live: Attributes that forward reads and that users change later; part of what tells calls apart.
         leaves: Functions that the graph calls instead of entering them; see `Template`.
@@ -99,8 +100,19 @@ def _new_class(template: Template, rewrite: Pass, signature: Hashable, graph: fx
 
 
 def original(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that `specialize` derived this one from, or the class itself."""
-    return cls.__base__ if isinstance(cls, Rewritten) else cls  # type: ignore[return-value]
+    """The class that `specialize` derived this one from, or the class itself.
+
+    Raises:
+        TransformError: Something else has derived the class from one of ours, as sharding does.
+    """
+    if not isinstance(cls, Rewritten):
+        return cls
+    if "rewrite" not in vars(cls):
+        raise TransformError(
+            f"{cls.__name__} was derived from the class of a transformed block, as fully_shard does: what is merged "
+            "can be changed before that only"
+        )
+    return cls.__base__  # type: ignore[return-value]
 
 
 def with_own_code(function: types.FunctionType, key: Hashable) -> types.FunctionType:
@@ -150,8 +162,8 @@ def _add(cls: Any, signature: Hashable, graph: fx.Graph) -> None:
     name = f"forward_{len(cls.graphs)}"
     code = graph.python_code("self")
     setattr(cls, name, _function(code.src, code.globals, f"{cls.__name__}.{name}"))
-    cls.graphs[signature] = graph
     cls._methods[signature] = name
+    cls.graphs[signature] = graph  # last: a thread or a call that finds the graph finds its method
 
 
 def _dispatcher(cls: Any) -> types.FunctionType:
@@ -163,13 +175,15 @@ def _dispatcher(cls: Any) -> types.FunctionType:
     inputs = [node for node in cls.graph.nodes if node.op == "placeholder"]
     names = [node.target for node in inputs]
     heads = [node.target if not node.args else f"{node.target}=None" for node in inputs]
+    check = getattr(cls.rewrite, "check", None)
     source = (
         f"def forward(self, {', '.join(heads)}):\n"
-        f"    kinds = ({''.join(f'kind({name}), ' for name in given)})\n"
+        + (f"    check({', '.join(['self', *names[len(given) :]])})\n" if check else "")
+        + f"    kinds = ({''.join(f'kind({name}), ' for name in given)})\n"
         f"    flags = ({''.join(f'self.{name}, ' for name in cls._template.live)})\n"
         f"    return getattr(self, variant(type(self), kinds, flags))({', '.join(names)})\n"
     )
-    forward = _function(source, {"kind": kind, "variant": _variant}, f"{cls.__name__}.forward")
+    forward = _function(source, {"kind": kind, "variant": _variant, "check": check}, f"{cls.__name__}.forward")
     forward.__defaults__ = tuple(node.args[0] for node in inputs if node.args)
     return forward
 

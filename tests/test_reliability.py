@@ -1,0 +1,377 @@
+"""What holds whatever is asked of a transformed model.
+
+Every valid configuration at every size keeps the contract, and no invalid one changes anything. Threads do not disturb
+one another, a call that fails leaves no trace, values that are no numbers stay where they are, and what is dropped is
+freed.
+"""
+
+import contextlib
+import gc
+import linecache
+import math
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import blocks, controlnet, hooked, inputs, mask, one_block, output, sdxl, transformers, two_stages
+from torch import Tensor, nn
+
+from tome_fx import TransformError, ops, set_ratio, specialize, transform
+from tome_fx.plan import downsampled
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SCOPES = ("merge_attn", "merge_crossattn", "merge_mlp")
+THOROUGH = settings(
+    deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def state(model: nn.Module) -> list[Any]:
+    """All that a model is made of, by identity, and how often each tensor was written to."""
+
+    def look(value: Any) -> Any:
+        return {name: id(item) for name, item in value.items()} if isinstance(value, dict) else id(value)
+
+    modules = [(type(m), {name: look(value) for name, value in vars(m).items()}) for m in model.modules()]
+    return [*modules, *(tensor._version for tensor in model.state_dict().values())]
+
+
+@contextlib.contextmanager
+def usable(model: Any, arguments: dict[str, Any]) -> Iterator[None]:
+    """Assert that the model is after the block what it was before: all that it is made of, and its output."""
+    before, expected = state(model), output(model, arguments)
+    yield
+    assert torch.equal(output(model, arguments), expected)
+    assert state(model) == before
+
+
+@pytest.fixture
+def no_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process: nothing was transformed and no kind of call was met."""
+    monkeypatch.setattr(specialize, "_classes", {})
+
+
+# ------------------------------------------------------------------------------------------------ threads
+
+
+def test_two_threads_and_two_sizes_do_not_disturb_one_another(no_classes: None) -> None:
+    result = transform(two_stages())
+    calls = [inputs(result, 16, 16), {**inputs(result, 12, 20), "encoder_attention_mask": mask()}]
+    outputs: list[list[Tensor]] = [[], []]
+    start = threading.Barrier(2)
+
+    def work(which: int) -> None:
+        start.wait()
+        for i in range(100):  # the first call of each traces, in both at once
+            outputs[which].append(output(result, calls[(which + i) % 2]))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        workers = [threading.Thread(target=work, args=(which,)) for which in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        sys.setswitchinterval(interval)
+    expected = [output(result, call) for call in calls]
+    assert [len(found) for found in outputs] == [100, 100]
+    for which, found in enumerate(outputs):
+        assert all(torch.equal(ours, expected[(which + i) % 2]) for i, ours in enumerate(found))
+
+
+# ------------------------------------------------------------------------------------------------ failures
+
+
+class FailsOnce(AttnProcessor2_0):  # type: ignore[misc]
+    """Raises in its first call."""
+
+    failed = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.failed:
+            self.failed = True
+            raise ArithmeticError("once")
+        return super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("extra", [{}, {"encoder_attention_mask": mask()}], ids=["known", "new"])
+def test_an_error_in_the_middle_of_a_forward_changes_nothing(extra: dict[str, Any], no_classes: None) -> None:
+    result = transform(two_stages())
+    arguments = inputs(result)
+    result.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(FailsOnce())
+    with pytest.raises(ArithmeticError):
+        output(result, {**arguments, **extra})
+    with usable(result, arguments):
+        expected = output(transform(two_stages()), {**arguments, **extra})
+        assert torch.equal(output(result, {**arguments, **extra}), expected)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"encoder_hidden_states": torch.ones(2, 5, 17)},
+        {"encoder_hidden_states": torch.ones(2, 16)},
+        {"sample": torch.ones(2, 4, 16)},
+        {"sample": torch.ones(3, 4, 16, 16)},
+        {"encoder_attention_mask": torch.ones(3, 4)},
+        {"attention_mask": torch.ones(2, 256)},
+    ],
+    ids=lambda wrong: "-".join(f"{name}-{tuple(value.shape)}" for name, value in wrong.items()),
+)
+def test_an_input_of_the_wrong_shape_changes_nothing(wrong: dict[str, Any], no_classes: None) -> None:
+    result = transform(two_stages())
+    arguments = inputs(result, 16, 16)
+    with usable(result, arguments), pytest.raises((RuntimeError, ValueError, IndexError)):
+        output(result, {**arguments, **wrong})
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0])
+def test_an_interrupt_at_any_line_while_a_new_kind_of_call_is_served_leaves_the_next_call_right(
+    ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = inputs(one_block(), 8, 8)
+    new = {**arguments, "encoder_attention_mask": mask()}
+    expected = output(transform(one_block(), ratio), arguments), output(transform(one_block(), ratio), new)
+
+    def interrupted_at(line: int) -> bool:
+        """Interrupt the first call of a new kind at its so-many-th line of `specialize`; whether it had that many."""
+        monkeypatch.setattr(specialize, "_classes", {})
+        result = transform(one_block(), ratio)
+        left = line
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename != specialize.__file__:
+                return None
+            left -= event == "line"
+            if left == 0 and event == "line":
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            output(result, new)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        assert torch.equal(output(result, new), expected[1])
+        assert torch.equal(output(result, arguments), expected[0])
+        return left <= 0
+
+    lines = 1
+    while interrupted_at(lines):
+        lines += 1
+    assert lines > 40
+
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+
+@st.composite
+def valid(draw: st.DrawFn) -> dict[str, Any]:
+    """Any options that `transform` takes for a model of 32 x 32 whose finest attention is at 1."""
+    sx, sy = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)).filter(lambda strides: strides != (1, 1)))
+    options: dict[str, Any] = {"sx": sx, "sy": sy, "dynamic_ratio": draw(st.booleans())}
+    highest = 1 - 1 / (sx * sy)
+    some = st.floats(0, highest)
+    thousandths = st.integers(0, math.floor(highest * 1000)).map(lambda n: n / 1000)
+    options["ratio"] = draw(st.sampled_from([0, 0.0]) | (thousandths if options["dynamic_ratio"] else some))
+    options["use_rand"] = draw(st.booleans())
+    options["seed"] = draw(st.integers(0, 2**32 - 1)) if options["use_rand"] else 0
+    options |= draw(st.fixed_dictionaries({name: st.booleans() for name in SCOPES}).filter(lambda s: any(s.values())))
+    options["max_downsample"] = draw(st.sampled_from([None, 1, 2, 4, 8]))
+    return options
+
+
+@settings(THOROUGH, max_examples=2000)
+@given(valid(), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3))
+def test_any_valid_configuration_keeps_the_contract(
+    options: dict[str, Any], height: int, width: int, batch: int
+) -> None:
+    model = one_block()
+    arguments, before = inputs(model, height, width, batch=batch, text_tokens=1), state(model)
+    result = transform(model, **options)
+    ours = output(result, arguments)
+    assert ours.shape == (batch, 4, height, width)
+    assert ours.isfinite().all()
+    assert all(a is b for a, b in zip(result.parameters(), model.parameters(), strict=True))
+    assert state(model) == before
+    if options["ratio"] == 0:
+        plain = output(model, arguments)
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5 * float(plain.abs().max()))
+        assert options["dynamic_ratio"] or torch.equal(ours, plain)
+
+
+WORDS: st.SearchStrategy[Any] = st.sampled_from(["2", None, 2.5, [2], {}, 1j])
+FLAGS: st.SearchStrategy[Any] = st.sampled_from([0, 1, 0.0, "yes", "", None, [], [True]])
+STRIDES: st.SearchStrategy[Any] = st.integers(max_value=0) | st.integers(33) | WORDS | st.booleans()
+BAD: dict[str, st.SearchStrategy[Any]] = {
+    "ratio": st.sampled_from([math.nan, math.inf, -math.inf, "0.5", None, True, False, [0.5], 0.5j])
+    | st.floats(max_value=0, exclude_max=True)
+    | st.floats(min_value=1)
+    | st.integers(1),
+    "sx": STRIDES,
+    "sy": STRIDES,
+    "seed": st.integers(max_value=-1) | st.integers(2**32) | WORDS | st.booleans(),
+    "max_downsample": st.integers().filter(lambda n: n not in (1, 2, 4, 8)) | st.sampled_from(["1", 1.0, [1], True]),
+    "use_rand": FLAGS,
+    "dynamic_ratio": FLAGS,
+    **dict.fromkeys(SCOPES, FLAGS),
+}
+
+
+@settings(THOROUGH, max_examples=500)
+@given(valid(), st.sampled_from(sorted(BAD)).flatmap(lambda name: st.tuples(st.just(name), BAD[name])))
+def test_any_invalid_configuration_is_an_error_that_names_the_argument_and_changes_nothing(
+    options: dict[str, Any], bad: tuple[str, Any]
+) -> None:
+    name, value = bad
+    model, before = one_block(), state(one_block())
+    classes = len(specialize._classes)
+    with pytest.raises((ValueError, TypeError, TransformError), match=rf"\b{name}\b"):
+        transform(model, **{**options, name: value})
+    assert state(model) == before
+    assert len(specialize._classes) == classes
+    if name == "ratio":
+        result = transform(model, **options)
+        before = state(result)
+        with pytest.raises((ValueError, TypeError), match=r"\bratio\b"):
+            set_ratio(result, value)
+        assert state(result) == before
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+
+@pytest.mark.parametrize("size", [(1, 64), (64, 1), (7, 5), (128, 16), (1, 1), (3, 3)], ids=str)
+@pytest.mark.parametrize("build", [one_block, two_stages, sdxl])
+def test_odd_tiny_and_wide_latents_are_merged_as_if_by_hooks(build: Callable[[], Any], size: tuple[int, int]) -> None:
+    model = build()
+    arguments = inputs(model, *size)
+    ours = output(transform(model, use_rand=False), arguments)
+    assert torch.equal(ours, output(hooked(model), arguments))
+    merges = min(downsampled(side, 2 if build is sdxl else 1) for side in size) >= 2
+    assert torch.equal(ours, output(model, arguments)) != merges
+
+
+@pytest.mark.parametrize("build", [one_block, two_stages, controlnet])
+@pytest.mark.parametrize("options", [{}, {"dynamic_ratio": True}], ids=str)
+def test_an_empty_batch_is_an_error_that_names_the_batch(build: Callable[[], Any], options: dict[str, Any]) -> None:
+    result = transform(build(), **options)
+    with usable(result, inputs(result, 16, 16)), pytest.raises(ValueError, match=r"batch.*got 0"):
+        output(result, inputs(result, 16, 16, batch=0))
+
+
+# ------------------------------------------------------------------------------------------------ no numbers
+
+EXTREMES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "zero": 0.0, "large": 6e4, "small": 2.0**-24}
+
+
+def is_a_map(slots: ops.SlotMap, kept: int) -> bool:
+    """Whether each image's tokens are spread over all of its slots and no other."""
+    batch, count = slots.slot.shape
+    spread = all(torch.equal(slot.unique(), torch.arange(kept)) for slot in slots.slot)
+    rows = torch.equal(slots.order.flatten().sort().values, torch.arange(batch * count))
+    return spread and rows and bool((slots.start[:, 1:] > slots.start[:, :-1]).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("where", ["one", "some", "all", "image"])
+@pytest.mark.parametrize("value", EXTREMES)
+def test_tokens_of_any_value_give_a_whole_slot_map(value: str, where: str, dtype: torch.dtype) -> None:
+    tokens = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    chosen: Any = {"one": (0, 5), "some": (slice(None), slice(None, None, 3)), "all": (...,), "image": (1,)}[where]
+    tokens[chosen] = EXTREMES[value]
+    for kept in (16, 40, 64):
+        slots = ops.match(tokens, 8, 8, kept=kept, sx=2, sy=2, seed=1)
+        assert slots is not None
+        assert is_a_map(slots, kept)
+        merged = ops.unmerge(ops.merge(tokens, slots), slots)
+        assert merged.shape == tokens.shape
+        assert merged.dtype == dtype
+        if math.isfinite(EXTREMES[value]):
+            assert merged.isfinite().all()
+        if where in ("all", "image"):
+            torch.testing.assert_close(merged[1], tokens[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 2e4])
+def test_similarity_does_not_depend_on_how_long_tokens_are(scale: float, dtype: torch.dtype) -> None:
+    tokens = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0)).clamp(-3, 3).to(dtype)
+    power = 2.0 ** round(math.log2(scale))  # exact in any dtype
+    expected = ops.match(tokens, 8, 8, kept=40, sx=2, sy=2, seed=None)
+    slots = ops.match(tokens * power, 8, 8, kept=40, sx=2, sy=2, seed=None)
+    assert slots is not None
+    assert expected is not None
+    assert (tokens * power).isfinite().all()
+    same = (slots.slot == expected.slot).float().mean()
+    assert same > 0.9  # ties within rounding may fall otherwise
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("build", [one_block, sdxl])
+def test_an_image_that_is_no_number_leaves_the_others_of_its_batch_alone(
+    build: Callable[[], Any], value: float
+) -> None:
+    result = transform(build(), merge_crossattn=True, merge_mlp=True)
+    arguments = inputs(result, 16, 16)
+    expected = output(result, arguments)
+    sample = arguments["sample"].clone()
+    sample[1, 0, 3, 3] = value
+    ours = output(result, {**arguments, "sample": sample})
+    assert torch.equal(ours[0], expected[0])
+    assert not ours[1].isfinite().all()
+    assert torch.equal(output(result, arguments), expected)
+
+
+# ------------------------------------------------------------------------------------------------ leaks
+
+
+def test_what_is_dropped_is_freed() -> None:
+    model = two_stages()
+    arguments = inputs(model, 16, 16)
+    process = psutil.Process()
+    dropped: list[Any] = []
+
+    def once(ratio: float) -> None:
+        result = transform(model, ratio)
+        output(result, arguments)
+        set_ratio(result, 0.25)
+        output(result, {**arguments, "encoder_attention_mask": mask()})
+        dropped.extend(
+            weakref.ref(module) for module in (result, *blocks(result).values(), *transformers(result).values())
+        )
+
+    def live() -> tuple[int, ...]:
+        gc.collect()
+        found = gc.get_objects()
+        return (
+            sum(issubclass(type(item), Tensor) for item in found),
+            sum(issubclass(type(item), nn.Module) for item in found),
+            len(specialize._classes),
+            len(specialize._codes),
+            len(linecache.cache),
+        )
+
+    for _ in range(20):
+        once(0.5)
+    before, memory = live(), process.memory_info().rss
+    for _ in range(200):
+        once(0.5)
+    assert live() == before
+    assert all(reference() is None for reference in dropped)
+    assert process.memory_info().rss - memory < 16 * 2**20
