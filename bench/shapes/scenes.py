@@ -20,7 +20,7 @@ THINGS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 SIDE = 128  # pixels along a side of an image
 HELD_OUT = 1_000_000_000  # the numbers of the scenes that are not trained on begin here
 GROUNDS = ("plain", "gradient", "stripes", "checks")
-RADII = {1: (0.18, 0.30), 2: (0.13, 0.19), 3: (0.09, 0.135)}  # by how many shapes there are
+RADII = {1: (0.20, 0.32), 2: (0.15, 0.20), 3: (0.11, 0.135)}  # by how many shapes there are
 REACH = 1.2  # radii from a shape's centre to the furthest of its points
 
 
@@ -68,7 +68,7 @@ class Scene:
 def scene(number: int) -> Scene:
     """The scene of this number, the same on every machine."""
     rng = random.Random(number)
-    count = rng.choices((1, 2, 3), weights=(3, 4, 3))[0]
+    count = rng.choices((1, 2, 3), weights=(4, 4, 2))[0]
     relation = rng.choice(("left of", "above")) if count == 2 else "left of"
     things = []
     for i, (colour, shape) in enumerate(rng.sample(THINGS, count)):
@@ -87,12 +87,14 @@ def numbered(first: int, count: int) -> list[Scene]:
 
 
 def _ground(rng: random.Random) -> Ground:
+    light = rng.uniform(0.65, 0.85)
+
     def pale() -> tuple[float, float, float]:
-        light = rng.uniform(0.55, 0.95)
-        red, green, blue = (light + rng.uniform(-0.05, 0.05) for _ in range(3))
+        shade = light + rng.uniform(-0.1, 0.1)
+        red, green, blue = (shade + rng.uniform(-0.05, 0.05) for _ in range(3))
         return red, green, blue
 
-    return Ground(rng.choice(GROUNDS), (pale(), pale()), rng.uniform(0, math.tau), rng.uniform(3, 8))
+    return Ground(rng.choice(GROUNDS), (pale(), pale()), rng.uniform(0, math.tau), rng.uniform(2, 5))
 
 
 def draw(scenes: Sequence[Scene], side: int, *, window: tuple[int, int, int] | None = None) -> Tensor:
@@ -114,6 +116,14 @@ def draw(scenes: Sequence[Scene], side: int, *, window: tuple[int, int, int] | N
             image = torch.lerp(image, torch.tensor(COLOURS[thing.colour])[:, None, None], inside)
         images.append(image)
     return 2 * torch.stack(images) - 1
+
+
+def cover(scenes: Sequence[Scene], side: int, reach: float) -> Tensor:
+    """Which pixels are a shape's or within `reach` of one, in shares of the side: `[B, 1, side, side]` of 0 and 1."""
+    places = (torch.arange(side) + 0.5) / side
+    y, x = torch.meshgrid(places, places, indexing="ij")
+    near = [torch.stack([_distance(thing, x, y) for thing in one.things]).amin(0) < reach for one in scenes]
+    return torch.stack(near).float()[:, None]
 
 
 def _draw_ground(ground: Ground, x: Tensor, y: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from bench.shapes import GUIDANCE, PIPELINE
 from bench.shapes import reader as judge
 from bench.shapes.reader import Reader
-from bench.shapes.scenes import HELD_OUT, SIDE, Scene, draw, numbered
+from bench.shapes.scenes import HELD_OUT, SIDE, Scene, cover, draw, numbered
 
 TEXT_TOKENS = 16  # the longest caption has 13
 WIDTH = 96  # of the text's tokens
@@ -236,7 +236,10 @@ def train_denoiser(
         captions = [one.caption if tell else "" for one, tell in zip(scenes, told, strict=True)]
         hidden = pipe.text_encoder(tokens(pipe, captions))[0]
         result = pipe.unet(pipe.scheduler.add_noise(latents, noise, times), times, hidden).sample
-        return F.mse_loss(result, pipe.scheduler.get_velocity(latents, noise, times))
+        # grounds are most of an image and none of its caption: a shape's outline would hardly be learnt beside them
+        weight = 1 + 4 * cover(scenes, latents.shape[-1], reach=0.05).expand_as(latents)
+        error = (result - pipe.scheduler.get_velocity(latents, noise, times)).square()
+        return (weight * error).sum() / weight.sum()
 
     def show(step: int) -> str:
         both.eval()
@@ -277,8 +280,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("out/shapes"), help="where what is not finished is kept")
     parser.add_argument("--reader-steps", type=int, default=1500)
     parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--coarse-steps", type=int, default=3500, help="steps of the denoiser at half the side")
-    parser.add_argument("--steps", type=int, default=5400, help="steps of the denoiser in all")
+    parser.add_argument("--coarse-steps", type=int, default=6000, help="steps of the denoiser at half the side")
+    parser.add_argument("--steps", type=int, default=9000, help="steps of the denoiser in all")
     parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="where the trained pipeline is written")
     parser.add_argument("--reader", type=Path, default=judge.WEIGHTS, help="where the trained reader is written")
     a = parser.parse_args()
