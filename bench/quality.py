@@ -7,8 +7,9 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, fmean, median, stdev
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from bench.shapes.reader import Reader
 from bench.shapes.scenes import HELD_OUT, SIDE, Scene, draw, numbered
 from bench.variants import SCOPES, AsUNet
 from tome_fx.api import share
+from tome_fx.inputs import example_inputs
 
 REAL = 1024  # scenes that a Fréchet distance is taken from
 STOCK = "stock"
@@ -218,8 +220,15 @@ def run(
     path: Path,
     batch: int = 16,
     keep: int = 0,
+    rounds: int = 0,
 ) -> tuple[dict[str, Any], dict[Case, Tensor]]:
-    """Generate and judge, case by case, writing the JSON after each; returns it and the first `keep` images of each."""
+    """Generate and judge, case by case, writing the JSON after each; returns it and the first `keep` images of each.
+
+    Cases that the file holds already stay in it, so that several calls can fill one table.
+
+    Raises:
+        ValueError: The file holds what was measured in another setting or on another machine.
+    """
     pipe, texts, scenes = load(pipeline, prompts, count)
     judged = _judge(scenes) if scenes else None
     document: dict[str, Any] = {
@@ -232,8 +241,8 @@ def run(
         "count": count,
         "steps": steps,
         "guidance": guidance,
-        "rows": [],
     }
+    document["rows"] = _earlier_rows(path, document, cases)
     stock: Images | None = None
     pictures = {}
     with tqdm(total=len(cases) * count, file=sys.stderr, leave=False) as bar:
@@ -252,7 +261,45 @@ def run(
             document["rows"].append(row)
             pictures[case] = images.pixels[:keep]
             measure.write(path, document)
+    if rounds:
+        _add_times(document, pipe.unet, cases, steps, rounds)
+        measure.write(path, document)
     return document, pictures
+
+
+def _earlier_rows(path: Path, document: dict[str, Any], cases: Sequence[Case]) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    earlier = measure.read(path)
+    other = [name for name, value in document.items() if name != "argv" and earlier.get(name) != value]
+    if other:
+        raise ValueError(f"json: {path} holds results of another {', '.join(other)}; give another file")
+    return [row for row in earlier["rows"] if Case(**row["case"]) not in cases]
+
+
+def _add_times(
+    document: dict[str, Any], unet: UNet2DConditionModel, cases: Sequence[Case], steps: int, rounds: int
+) -> None:
+    """Time an eager call of the UNet, for an image under guidance, in turns; each case keeps stock's times too."""
+    side = unet.config.sample_size
+    given = example_inputs(unet, side, side, text_tokens=shapes.TEXT_TOKENS)
+
+    def make(case: Case) -> Callable[[], Tensor]:
+        call = VARIANTS[case.variant](share(unet), case, steps)
+        return lambda: call(**given).sample
+
+    runs = {str(case): partial(make, case) for case in cases}
+    timed = measure.compare(runs, exact=None, rounds=rounds, device="cpu", title="speed")
+    for row in document["rows"]:
+        case = Case(**row["case"])
+        if case in cases:
+            row["ms"], row["stock_ms"] = timed[str(case)].samples_ms, timed[str(cases[0])].samples_ms
+
+
+def speedup(row: dict[str, Any]) -> float:
+    """Of a case over stock: the median over the rounds."""
+    ratios: list[float] = [stock / own for stock, own in zip(row["stock_ms"], row["ms"], strict=True)]
+    return median(ratios)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -294,8 +341,10 @@ def table(document: dict[str, Any]) -> str:
             else:
                 mean, low, high = map(form.format, interval(values))
                 line.append(f"{mean} ({low} - {high})")
-        lines.append([*line, f"{row['frechet']:.2f}" if "frechet" in row else ""])
-    heads = ["variant", "ratio", "scope", "levels", *(COLUMNS[name][0] for name in present), "Fréchet distance"]
+        line.append(f"{row['frechet']:.2f}" if "frechet" in row else "")
+        lines.append([*line, f"{speedup(row):.2f}x" if "ms" in row else ""])
+    heads = ["variant", "ratio", "scope", "levels", *(COLUMNS[name][0] for name in present)]
+    heads += ["Fréchet distance", "speed-up"]
     return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
 
 
@@ -312,7 +361,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=96, help="images of each row")
     parser.add_argument("--steps", type=int, default=12, help="denoising steps of an image")
     parser.add_argument("--guidance", type=float, default=shapes.GUIDANCE, help="scale of the classifier-free guidance")
-    parser.add_argument("--json", type=Path, default=Path("out/quality.json"))
+    parser.add_argument("--rounds", type=int, default=0, help="also time a call of each row's UNet, so often")
+    parser.add_argument("--json", type=Path, default=Path("out/quality.json"), help="rows are added to those it holds")
     parser.add_argument("--grid", type=Path, help="a PNG of the first four prompts' images of each row")
     parser.add_argument("--map", type=Path, help="only write this PNG: what the first ratio merges in the first image")
 
@@ -344,6 +394,7 @@ def main(arguments: argparse.Namespace) -> None:
         prompts=a.prompts,
         path=a.json,
         keep=4,
+        rounds=a.rounds,
     )
     if a.grid:
         viz.grid(a.grid, {case.title: list(images) for case, images in pictures.items()})

@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from bench import cold, demo, measure, quality, tables
 from bench.cells import Cell
-from bench.variants import VARIANTS
+from bench.variants import SCOPES, VARIANTS
 
 RESULTS = Path(__file__).parent / "results"
 WATERFALL = ("vanilla", "sdpa", "compile", "tome_fx+compile")
@@ -113,6 +113,13 @@ def plots(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
 
     written = []
     for name, document in documents.items():
+        if document["kind"] == "quality":
+            figure, panel = plt.subplots(figsize=(5.5, 4))
+            _draw_tradeoff(panel, document["rows"])
+            figure.tight_layout()
+            written.append(folder / f"{name}-speed.png")
+            figure.savefig(written[-1], dpi=100)
+            plt.close(figure)
         cells = [(Cell(**entry["cell"]), entry) for entry in document.get("cells", ())]
         for model in dict.fromkeys(cell.model for cell, _ in cells):
             chosen = sorted(
@@ -154,6 +161,30 @@ def plots(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
             plt.close(figure)
             written.append(path)
     return written
+
+
+def _draw_tradeoff(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """What is lost over what is gained: SSIM over speed-up, a line for each scope, a point for each ratio."""
+    for scope in SCOPES:
+        line = [
+            (quality.speedup(row), *quality.interval(row["ssim"]), row["case"]["ratio"])
+            for row in rows
+            if row["case"]["variant"] == "tome_fx" and row["case"]["scope"] == scope and "ms" in row
+            if row["case"]["max_downsample"] is None
+        ]
+        if line:
+            x, y, low, high, ratios = zip(*sorted(line, key=lambda point: point[-1]), strict=True)
+            bars = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+            axes.errorbar(x, y, bars, marker="o", capsize=2, label=scope)
+            for place in zip(ratios, x, y, strict=True):
+                axes.annotate(f"{place[0]:g}", place[1:], textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axes.plot([1], [1], "k*", label="stock")
+    axes.set(
+        xlabel="speed-up of a UNet call over stock",
+        ylabel="SSIM to stock's image",
+        title="by what is merged, and ratio",
+    )
+    axes.legend(fontsize=8)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

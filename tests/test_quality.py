@@ -3,21 +3,26 @@
 import argparse
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from models import inputs as model_inputs
 from models import one_stage, sdxl
 from PIL import Image
 
 import tome_fx
-from bench import quality, shapes, variants, viz
+from bench import quality, report, shapes, variants, viz
 from bench.quality import Case, Images
 from bench.shapes.scenes import HELD_OUT, SIDE, draw, numbered
 from tome_fx import ops
 from tome_fx.api import share
+
+mpl.use("agg")
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -89,6 +94,32 @@ def test_a_run_gives_every_variant_the_same_seeds_and_keeps_all_values(tmp_path:
     assert len({tuple(row["latent_error"]) for row in document["rows"]}) == 4
     assert [images.shape for images in kept.values()] == [(1, 3, SIDE, SIDE)] * 5
     assert len(quality.table(document).splitlines()) == 2 + len(cases)
+
+
+def test_rows_are_added_to_those_of_the_file_and_timed_in_turns(tmp_path: Path) -> None:
+    path = tmp_path / "q.json"
+    options: dict[str, Any] = {"steps": 1, "guidance": 3.0, "prompts": None, "path": path}
+    quality.run("shapes", [Case(), Case("tome_fx", 0.5)], count=1, rounds=2, **options)
+    document, _ = quality.run("shapes", [Case(), Case("tome_fx", 0.25)], count=1, **options)
+    rows = {row["case"]["ratio"]: row for row in document["rows"]}
+    assert sorted(rows) == [0, 0.25, 0.5]
+    assert len(rows[0.5]["ms"]) == len(rows[0.5]["stock_ms"]) == 2
+    assert "ms" not in rows[0.25]
+    assert quality.speedup({"ms": [1.0, 2.0, 4.0], "stock_ms": [2.0, 2.0, 12.0]}) == 2
+    with pytest.raises(ValueError, match=r"q.json holds results of another count; give another file"):
+        quality.run("shapes", [Case()], count=2, **options)
+
+
+def test_quality_over_speed_up_is_drawn_for_each_scope(tmp_path: Path) -> None:
+    cases = [Case(), *(Case("tome_fx", ratio, scope) for scope in ("attn", "all") for ratio in (0.25, 0.5))]
+    rows = [{"case": asdict(case), "ssim": [0.9, 0.8], "ms": [1.0], "stock_ms": [2.0]} for case in cases]
+    axes: Any
+    figure, axes = plt.subplots()
+    report._draw_tradeoff(axes, rows)
+    plt.close(figure)
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(labels) == ["all", "attn", "stock"]
+    assert [text.get_text() for text in axes.texts] == ["0.25", "0.5"] * 2
 
 
 def test_another_pipeline_needs_prompts_and_is_told_what_cannot_be_measured(tmp_path: Path, monkeypatch: Any) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 
 PIPELINE = Path(__file__).parent / "pipeline"
+TEXT_TOKENS = 16  # the longest caption has 13
 GUIDANCE = 3.0  # scale of the classifier-free guidance that it is judged with
 
 

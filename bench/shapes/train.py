@@ -21,12 +21,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from bench.shapes import GUIDANCE, PIPELINE
+from bench.shapes import GUIDANCE, PIPELINE, TEXT_TOKENS
 from bench.shapes import reader as judge
 from bench.shapes.reader import Reader
 from bench.shapes.scenes import HELD_OUT, SIDE, Scene, cover, draw, numbered
 
-TEXT_TOKENS = 16  # the longest caption has 13
 WIDTH = 96  # of the text's tokens
 
 
@@ -239,7 +238,8 @@ def train_denoiser(
         # grounds are most of an image and none of its caption: a shape's outline would hardly be learnt beside them
         weight = 1 + 4 * cover(scenes, latents.shape[-1], reach=0.05).expand_as(latents)
         error = (result - pipe.scheduler.get_velocity(latents, noise, times)).square()
-        return (weight * error).sum() / weight.sum()
+        mean: Tensor = (weight * error).sum() / weight.sum()
+        return mean
 
     def show(step: int) -> str:
         both.eval()
