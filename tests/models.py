@@ -193,8 +193,9 @@ def hooked(model: Any, ratio: float = 0.5) -> Any:
 def _hook(transformer: nn.Module, block: Any, ratio: float) -> None:
     seen: dict[str, Any] = {}
 
-    def size(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen["size"] = args[0].shape[-2:]
+    def size(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        (image,) = args[:1] or (kwargs["hidden_states"],)
+        seen["size"] = image.shape[-2:]
 
     def match(_: nn.Module, args: tuple[Any, ...]) -> None:
         height, width = seen["size"]
@@ -207,7 +208,7 @@ def _hook(transformer: nn.Module, block: Any, ratio: float) -> None:
     def unmerge(_: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
         return ops.unmerge(result, seen["slots"])
 
-    transformer.register_forward_pre_hook(size)
+    transformer.register_forward_pre_hook(size, with_kwargs=True)
     block.register_forward_pre_hook(match)
     block.attn1.register_forward_pre_hook(merge)
     block.attn1.register_forward_hook(unmerge)

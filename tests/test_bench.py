@@ -296,3 +296,20 @@ def test_seconds_to_compile_are_taken_from_both_ways_in_each_round(tmp_path: Pat
     row = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     assert row == ["tiny", "whole", "15.0", "14.5", "1.00x", "0.90 - 1.10", "2"]
     assert "block by block" in lines[3]
+
+
+def test_the_support_table_names_tests_that_there_are() -> None:
+    features = measure.read(report.RESULTS / "support.json")["features"]
+    assert len(features) > 40
+    for row in features.values():
+        assert row["tests"]
+        for name in row["tests"]:
+            path, function = name.split("::")
+            assert f"def {function}(" in (report.README.parent / path).read_text()
+
+
+def test_a_feature_whose_test_failed_makes_no_table() -> None:
+    row = {"group": "a", "verdict": "works", "condition": "", "tests": {"tests/a.py::test_a": "failed"}}
+    with pytest.raises(ValueError, match="LoRA: a test failed"):
+        report.support({"LoRA": row})
+    assert "its test was skipped" in report.support({"LoRA": {**row, "tests": {"tests/a.py::test_a": "skipped"}}})
