@@ -651,6 +651,9 @@ def test_levels_that_hold_no_block_are_an_error() -> None:
 
 
 @compiles
+@pytest.mark.supports(
+    "Optional inputs", "attention_mask", "works with a condition", "merge_attn=False, or a ratio of 0"
+)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_mask_over_merged_tokens_is_an_error_when_called(compiled: bool) -> None:
     result: Any = transform(two_stages(), ratio=0.5)
@@ -725,6 +728,9 @@ def test_ip_adapter_masks_with_merged_cross_attention_are_an_error() -> None:
         output(transform(two_stages(), merge_crossattn=True), {**inputs(two_stages()), **masks})
 
 
+@pytest.mark.supports(
+    "Optional inputs", "attention_mask", "works with a condition", "merge_attn=False, or a ratio of 0"
+)
 def test_ratio_0_serves_a_mask_as_the_original_does() -> None:
     tokens = one_stage()
     arguments = {**inputs(tokens), "attention_mask": torch.ones(2, 32 * 32)}
