@@ -241,6 +241,7 @@ def run(
         "count": count,
         "steps": steps,
         "guidance": guidance,
+        "prompts": texts,
     }
     document["rows"] = _earlier_rows(path, document, cases)
     stock: Images | None = None
@@ -397,5 +398,5 @@ def main(arguments: argparse.Namespace) -> None:
         rounds=a.rounds,
     )
     if a.grid:
-        viz.grid(a.grid, {case.title: list(images) for case, images in pictures.items()})
+        viz.grid(a.grid, {case.title: list(images) for case, images in pictures.items()}, document["prompts"][:4])
     print(f"{document['note']}\n\n{table(document)}\n\nwritten to {a.json}")
