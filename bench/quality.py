@@ -31,6 +31,7 @@ from tome_fx.inputs import example_inputs
 
 REAL = 1024  # scenes that a Fréchet distance is taken from
 STOCK = "stock"
+ROUNDS = 9  # of timed calls
 
 
 @dataclass(frozen=True)
@@ -201,12 +202,17 @@ def load(pipeline: str, prompts: Path | None, count: int) -> tuple[Any, list[str
     ours = pipeline == "shapes"
     if not ours and prompts is None:
         raise ValueError("prompts must be a file of prompts, for any pipeline but shapes; got none")
-    pipe = shapes.pipeline() if ours else DiffusionPipeline.from_pretrained(pipeline)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = _open(pipeline)
     if prompts is not None:
         return pipe, read_prompts(prompts, count), []
     scenes = numbered(HELD_OUT, count)
     return pipe, [scene.caption for scene in scenes], scenes
+
+
+def _open(pipeline: str) -> Any:
+    pipe = shapes.pipeline() if pipeline == "shapes" else DiffusionPipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def run(
@@ -220,7 +226,6 @@ def run(
     path: Path,
     batch: int = 16,
     keep: int = 0,
-    rounds: int = 0,
 ) -> tuple[dict[str, Any], dict[Case, Tensor]]:
     """Generate and judge, case by case, writing the JSON after each; returns it and the first `keep` images of each.
 
@@ -260,11 +265,9 @@ def run(
             row = {"case": asdict(case), **compare(images, stock)}
             row |= judged(images) if judged else perceived(images, stock, texts)
             document["rows"].append(row)
+            document["rows"].sort(key=lambda row: row["case"]["variant"] != STOCK)  # stock first, whenever it was run
             pictures[case] = images.pixels[:keep]
             measure.write(path, document)
-    if rounds:
-        _add_times(document, pipe.unet, cases, steps, rounds)
-        measure.write(path, document)
     return document, pictures
 
 
@@ -278,28 +281,36 @@ def _earlier_rows(path: Path, document: dict[str, Any], cases: Sequence[Case]) -
     return [row for row in earlier["rows"] if Case(**row["case"]) not in cases]
 
 
-def _add_times(
-    document: dict[str, Any], unet: UNet2DConditionModel, cases: Sequence[Case], steps: int, rounds: int
-) -> None:
-    """Time an eager call of the UNet, for an image under guidance, in turns; each case keeps stock's times too."""
-    side = unet.config.sample_size
-    given = example_inputs(unet, side, side, text_tokens=shapes.TEXT_TOKENS)
+def add_times(path: Path, side: int, rounds: int) -> dict[str, Any]:
+    """Time an eager call of the UNet, an image under guidance, for every row of the file; the rows take turns.
+
+    Args:
+        path: The file, to which the times are added; stock must be among its rows.
+        side: Latents along a side. Images may be made at a size where merging saves little and timed at a larger one.
+        rounds: Calls of each.
+    """
+    document = measure.read(path)
+    pipe = _open(document["pipeline"])
+    given = example_inputs(pipe.unet, side, side)
+    cases = [Case(**row["case"]) for row in document["rows"]]
 
     def make(case: Case) -> Callable[[], Tensor]:
-        call = VARIANTS[case.variant](share(unet), case, steps)
+        call = VARIANTS[case.variant](share(pipe.unet), case, document["steps"])
         return lambda: call(**given).sample
 
     runs = {str(case): partial(make, case) for case in cases}
     timed = measure.compare(runs, exact=None, rounds=rounds, device="cpu", title="speed")
-    for row in document["rows"]:
-        case = Case(**row["case"])
-        if case in cases:
-            row["ms"], row["stock_ms"] = timed[str(case)].samples_ms, timed[str(cases[0])].samples_ms
+    document["timed"] = {"latents": side, "argv": sys.argv[1:], "machine": measure.machine()}
+    for row, case in zip(document["rows"], cases, strict=True):
+        row["ms"] = timed[str(case)].samples_ms
+    measure.write(path, document)
+    return document
 
 
-def speedup(row: dict[str, Any]) -> float:
-    """Of a case over stock: the median over the rounds."""
-    ratios: list[float] = [stock / own for stock, own in zip(row["stock_ms"], row["ms"], strict=True)]
+def speedup(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float:
+    """Of a row over stock among the rows: the median over the rounds."""
+    (stock,) = (other["ms"] for other in rows if other["case"]["variant"] == STOCK)
+    ratios: list[float] = [slow / own for slow, own in zip(stock, row["ms"], strict=True)]
     return median(ratios)
 
 
@@ -343,7 +354,7 @@ def table(document: dict[str, Any]) -> str:
                 mean, low, high = map(form.format, interval(values))
                 line.append(f"{mean} ({low} - {high})")
         line.append(f"{row['frechet']:.2f}" if "frechet" in row else "")
-        lines.append([*line, f"{speedup(row):.2f}x" if "ms" in row else ""])
+        lines.append([*line, f"{speedup(row, document['rows']):.2f}x" if "timed" in document and not exact else ""])
     heads = ["variant", "ratio", "scope", "levels", *(COLUMNS[name][0] for name in present)]
     heads += ["Fréchet distance", "speed-up"]
     return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
@@ -362,9 +373,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=96, help="images of each row")
     parser.add_argument("--steps", type=int, default=12, help="denoising steps of an image")
     parser.add_argument("--guidance", type=float, default=shapes.GUIDANCE, help="scale of the classifier-free guidance")
-    parser.add_argument("--rounds", type=int, default=0, help="also time a call of each row's UNet, so often")
     parser.add_argument("--json", type=Path, default=Path("out/quality.json"), help="rows are added to those it holds")
     parser.add_argument("--grid", type=Path, help="a PNG of the first four prompts' images of each row")
+    parser.add_argument(
+        "--time", type=int, metavar="SIDE", help="only time the rows of --json, at so many latents a side"
+    )
     parser.add_argument("--map", type=Path, help="only write this PNG: what the first ratio merges in the first image")
 
 
@@ -386,6 +399,9 @@ def main(arguments: argparse.Namespace) -> None:
     if a.map:
         write_map(a)
         return
+    if a.time:
+        print(table(add_times(a.json, a.time, rounds=ROUNDS)))
+        return
     document, pictures = run(
         a.pipeline,
         cases,
@@ -395,7 +411,6 @@ def main(arguments: argparse.Namespace) -> None:
         prompts=a.prompts,
         path=a.json,
         keep=4,
-        rounds=a.rounds,
     )
     if a.grid:
         viz.grid(a.grid, {case.title: list(images) for case, images in pictures.items()}, document["prompts"][:4])

@@ -1,5 +1,6 @@
 """Pictures: images side by side, and which tokens of an image were merged."""
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,7 @@ def grid(path: Path, columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str
             if y == 0:
                 axis.set_title(title, fontsize=8)
             if x == 0 and rows:
-                axis.set_ylabel(rows[y], fontsize=7, wrap=True)
+                axis.set_ylabel(textwrap.fill(rows[y], 22, break_long_words=False), fontsize=7)
     figure.tight_layout(pad=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -99,20 +99,28 @@ def test_a_run_gives_every_variant_the_same_seeds_and_keeps_all_values(tmp_path:
 def test_rows_are_added_to_those_of_the_file_and_timed_in_turns(tmp_path: Path) -> None:
     path = tmp_path / "q.json"
     options: dict[str, Any] = {"steps": 1, "guidance": 3.0, "prompts": None, "path": path}
-    quality.run("shapes", [Case(), Case("tome_fx", 0.5)], count=1, rounds=2, **options)
-    document, _ = quality.run("shapes", [Case(), Case("tome_fx", 0.25)], count=1, **options)
-    rows = {row["case"]["ratio"]: row for row in document["rows"]}
-    assert sorted(rows) == [0, 0.25, 0.5]
-    assert len(rows[0.5]["ms"]) == len(rows[0.5]["stock_ms"]) == 2
-    assert "ms" not in rows[0.25]
-    assert quality.speedup({"ms": [1.0, 2.0, 4.0], "stock_ms": [2.0, 2.0, 12.0]}) == 2
-    with pytest.raises(ValueError, match=r"q.json holds results of another count; give another file"):
+    quality.run("shapes", [Case(), Case("tome_fx", 0.5)], count=1, **options)
+    first, _ = quality.run("shapes", [Case(), Case("each-step", 0.25)], count=1, **options)
+    assert [row["case"]["variant"] for row in first["rows"]] == ["stock", "tome_fx", "each-step"]
+    document = quality.add_times(path, 16, rounds=2)
+    assert [len(row.pop("ms")) for row in document["rows"]] == [2, 2, 2]
+    assert document["rows"] == first["rows"]
+    assert document["timed"]["latents"] == 16
+    with pytest.raises(ValueError, match=r"q.json holds results of another count, prompts; give another file"):
         quality.run("shapes", [Case()], count=2, **options)
+
+
+def test_a_speed_up_is_the_median_over_rounds() -> None:
+    rows = [
+        {"case": {"variant": "stock"}, "ms": [2.0, 2.0, 12.0]},
+        {"case": {"variant": "todo"}, "ms": [1.0, 2.0, 4.0]},
+    ]
+    assert quality.speedup(rows[1], rows) == 2
 
 
 def test_quality_over_speed_up_is_drawn_for_each_scope(tmp_path: Path) -> None:
     cases = [Case(), *(Case("tome_fx", ratio, scope) for scope in ("attn", "all") for ratio in (0.25, 0.5))]
-    rows = [{"case": asdict(case), "ssim": [0.9, 0.8], "ms": [1.0], "stock_ms": [2.0]} for case in cases]
+    rows = [{"case": asdict(case), "ssim": [0.9, 0.8], "ms": [1.0]} for case in cases]
     axes: Any
     figure, axes = plt.subplots()
     report._draw_tradeoff(axes, rows)
