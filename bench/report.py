@@ -167,7 +167,7 @@ def plots(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
 
 def _draw_tradeoff(axes: Any, rows: list[dict[str, Any]]) -> None:
     """What is lost over what is gained: SSIM over speed-up, a line for each scope, a point for each ratio."""
-    for scope in SCOPES:
+    for i, scope in enumerate(SCOPES):
         line = [
             (quality.speedup(row, rows), *quality.interval(row["ssim"]), row["case"]["ratio"])
             for row in rows
@@ -179,7 +179,7 @@ def _draw_tradeoff(axes: Any, rows: list[dict[str, Any]]) -> None:
             bars = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
             axes.errorbar(x, y, bars, marker="o", capsize=2, label=scope)
             for place in zip(ratios, x, y, strict=True):
-                axes.annotate(f"{place[0]:g}", place[1:], textcoords="offset points", xytext=(5, 5), fontsize=8)
+                axes.annotate(f"{place[0]:g}", place[1:], textcoords="offset points", xytext=(5, 7 - 9 * i), fontsize=8)
     axes.plot([1], [1], "k*", label="stock")
     axes.set(
         xlabel="speed-up of a UNet call over stock",
