@@ -1,5 +1,6 @@
 # Everything is run in .venv, which the first command that needs it creates.
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -21,8 +22,8 @@ $(READY): requirements-dev.txt pyproject.toml
 demo: $(READY) ## Token merging in a StableDiffusionPipeline, against its peers; with JSON=bench/results/demo.json for the README
 	$(BIN)/python -m bench demo $(if $(JSON),--json $(JSON))
 
-test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest
+test: $(READY) ## Run the tests, in JOBS processes
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(READY) ## Check style, types, and that the README's numbers are those of bench/results
 	$(BIN)/ruff check .

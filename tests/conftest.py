@@ -18,9 +18,9 @@ from torch._dynamo.utils import counters
 from bench import measure
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """PyTorch computes with one thread, for all tests of a module."""
+    """PyTorch computes with one thread: test runs share the cores, and threads that wait for one spin."""
     with threads(1):
         yield
 

@@ -26,7 +26,7 @@ from tome_fx.capture import find_sites
 from tome_fx.inputs import example_inputs
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "seeded"),
+    pytest.mark.usefixtures("seeded"),
     pytest.mark.filterwarnings("ignore:.*CLIPImageProcessor.*"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),  # of a second LoRA
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # torch's own

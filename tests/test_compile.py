@@ -46,7 +46,7 @@ from tome_fx import ops, set_ratio, specialize, transform
 from tome_fx.capture import find_sites
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "fresh_dynamo"),
+    pytest.mark.usefixtures("fresh_dynamo"),
     # torch's own, on the first import of its compiler in a process
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]

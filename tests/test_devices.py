@@ -31,8 +31,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tome_fx import TransformError, set_ratio, transform
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 FIRST, MIDDLE = (f"{stage}.attentions.0.transformer_blocks" for stage in ("down_blocks.0", "mid_block"))
 DEVICES, ACCELERATORS = "Memory and devices", "Other accelerators"

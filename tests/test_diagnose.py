@@ -19,7 +19,7 @@ from tome_fx import Diagnosis, Finding, TransformError, diagnose, set_ratio, tra
 from tome_fx.diagnose import _fallbacks
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "fresh_dynamo"),
+    pytest.mark.usefixtures("fresh_dynamo"),
     # torch's own, on the first import of its compiler in a process
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]

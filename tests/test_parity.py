@@ -88,9 +88,6 @@ COVERED = [(name, case) for name, cases in COVERING.items() for case in cases]
 FULL = [case for case in every_case((1,)) if case.scopes == 1 and case.batch == 2]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @functools.cache
 def in_float64(name: str) -> UNet2DConditionModel:
     return copy.deepcopy(UNETS[name]()).double()

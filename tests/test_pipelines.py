@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from tome_fx import TransformError, transform
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
 

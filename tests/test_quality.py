@@ -25,7 +25,6 @@ from tome_fx.api import share
 mpl.use("agg")
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*CLIPImageProcessor.*"),
 ]
 

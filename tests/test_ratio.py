@@ -43,7 +43,7 @@ from tome_fx import RatioSchedule, TransformError, set_ratio, transform
 from tome_fx.plan import Grid, Plan, kept, kept_by_size
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "fresh_dynamo"),
+    pytest.mark.usefixtures("fresh_dynamo"),
     # torch's own, on the first import of its compiler in a process
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]

@@ -28,8 +28,6 @@ from torch import Tensor, nn
 from tome_fx import TransformError, ops, set_ratio, specialize, transform
 from tome_fx.plan import downsampled
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SCOPES = ("merge_attn", "merge_crossattn", "merge_mlp")
 THOROUGH = settings(
     deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

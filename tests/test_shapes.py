@@ -15,7 +15,6 @@ from bench.shapes import train
 from bench.shapes.scenes import COLOURS, HELD_OUT, SHAPES, SIDE, THINGS, Scene, draw, numbered
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*CLIPImageProcessor.*"),
 ]
 

@@ -57,12 +57,6 @@ SCOPES = {"merge_attn": "attn1", "merge_crossattn": "attn2", "merge_mlp": "ff"}
 compiles = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
-
-
 def state(model: nn.Module) -> list[Any]:
     """All that a model is made of, for comparison: classes, attributes and tensors, by identity."""
 
