@@ -177,20 +177,21 @@ def transformers(model: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in model.named_modules() if isinstance(module, Transformer2DModel)}
 
 
-def hooked(model: Any, ratio: float = 0.5) -> Any:
+def hooked(model: Any, ratio: float = 0.5, *, proportional: bool = False) -> Any:
     """A copy that merges around self-attention at the finest level by hooks: what `transform` must equal, bit for bit.
 
-    Only the three operations are shared with `transform`; destinations are the top left tokens.
+    Only the three operations are shared with `transform`; destinations are the top left tokens. Where attention is to
+    be proportional, keys and values are the means in the place of all tokens: what it equals up to rounding.
     """
     result = copy.deepcopy(model)
     sites = find_sites(model)
     for site in sites:
         if site.downsample == min(site.downsample for site in sites):
-            _hook(result.get_submodule(site.transformer), result.get_submodule(site.path), ratio)
+            _hook(result.get_submodule(site.transformer), result.get_submodule(site.path), ratio, proportional)
     return result
 
 
-def _hook(transformer: nn.Module, block: Any, ratio: float) -> None:
+def _hook(transformer: nn.Module, block: Any, ratio: float, proportional: bool) -> None:
     seen: dict[str, Any] = {}
 
     def size(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -202,15 +203,18 @@ def _hook(transformer: nn.Module, block: Any, ratio: float) -> None:
         kept = plan.kept(height, width, ratio)
         seen["slots"] = ops.match(args[0], height, width, kept=kept, sx=2, sy=2, seed=None)
 
-    def merge(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return ops.merge(args[0], seen["slots"]), *args[1:]
+    def merge(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        tokens = ops.merge(args[0], seen["slots"])
+        if proportional:
+            kwargs["encoder_hidden_states"] = ops.unmerge(tokens, seen["slots"])
+        return (tokens, *args[1:]), kwargs
 
     def unmerge(_: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
         return ops.unmerge(result, seen["slots"])
 
     transformer.register_forward_pre_hook(size, with_kwargs=True)
     block.register_forward_pre_hook(match)
-    block.attn1.register_forward_pre_hook(merge)
+    block.attn1.register_forward_pre_hook(merge, with_kwargs=True)
     block.attn1.register_forward_hook(unmerge)
 
 

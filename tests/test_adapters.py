@@ -265,6 +265,17 @@ def test_image_masks_over_merged_cross_attention_are_refused_and_images_without_
     assert torch.equal(output(result, arguments), output(case.unet(), arguments))
 
 
+@PAG
+@ORDER
+def test_perturbed_attention_is_refused_where_attention_is_proportional(place: int) -> None:
+    case = CASES["pag"][0]
+    result = case.unet(place, prop_attn=True)
+    with pytest.raises(TransformError, match=r"PAGIdentitySelfAttnProcessor2_0 attends in parts .*prop_attn=True"):
+        output(result, case.arguments())
+    set_ratio(result, 0)
+    assert torch.equal(output(result, case.arguments()), output(case.unet(), case.arguments()))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="xFormers needs a GPU")
 @supports("xFormers")

@@ -52,7 +52,7 @@ pytestmark = [
 ]
 
 UNETS = [sd15, sd21, sdxl]
-EVERYTHING: dict[str, Any] = {"max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}
+EVERYTHING: dict[str, Any] = {"max_downsample": 8, "merge_crossattn": True, "merge_mlp": True, "prop_attn": True}
 
 
 def merges(counter: Any) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
@@ -332,6 +333,32 @@ def test_float64_tokens_are_compared_in_float64() -> None:
     assert slot.tolist() == [[0, 1, 1, 1, 1, 1, 1, 1]]
 
 
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_key_with_the_log_of_its_slots_size_is_attended_to_as_all_of_its_tokens_are(
+    seed: int | None, ratio: float
+) -> None:
+    tokens = random_tokens(63)
+    slots = matched(tokens, (7, 9, 2, 2), ratio, seed)
+    merged = ops.merge(tokens, slots)
+    everywhere = ops.unmerge(merged, slots)  # the mean in the place of each token
+    weights = ops.log_sizes(tokens, slots)
+    assert weights is not None
+    attended = F.scaled_dot_product_attention(merged, merged, merged, attn_mask=weights)
+    torch.testing.assert_close(attended, F.scaled_dot_product_attention(merged, everywhere, everywhere))
+    assert not torch.allclose(attended, F.scaled_dot_product_attention(merged, merged, merged))
+
+
+def test_sizes_are_of_the_tokens_dtype_and_there_are_none_without_a_slot_map() -> None:
+    for dtype in DTYPES:
+        tokens = random_tokens(63, dtype=dtype)
+        sizes = ops.log_sizes(tokens, matched(tokens, (7, 9, 2, 2), 0.75, None))
+        assert sizes is not None
+        assert (sizes.dtype, sizes.shape) == (dtype, (2, 1, 16))
+        torch.testing.assert_close(sizes.exp().sum(-1), torch.full((2, 1), 63, dtype=dtype), rtol=0.02, atol=0)
+    assert ops.log_sizes(tokens, None) is None
+
+
 # What is run: one gather, gradients, no chance.
 
 
@@ -415,6 +442,7 @@ class Sites(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         return (
             *round_trip(x, (7, 9, 2, 2), 0.4, 3),
+            ops.log_sizes(x, matched(x, (7, 9, 2, 2), 0.4, 3)),  # type: ignore[return-value]
             *round_trip(x, (7, 9, 2, 2), 0.4, None),
             *round_trip(y, (6, 8, 2, 3), 0.7, 2**32 - 1),
         )

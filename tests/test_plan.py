@@ -63,8 +63,13 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"seed": 7, "use_rand": False}, ValueError, "seed=7 does nothing with use_rand=False; leave it at 0"),
     *(
         ({name: value}, TypeError, f"{name} must be True or False, got {value!r}")
-        for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp")
+        for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp", "prop_attn")
         for value in (1, None, "yes")
+    ),
+    (
+        {"prop_attn": True, "merge_attn": False, "merge_mlp": True},
+        ValueError,
+        "prop_attn=True does nothing with merge_attn=False: it weighs merged self-attention",
     ),
     (
         {"merge_attn": False},
@@ -93,6 +98,7 @@ def test_a_wrong_option_is_refused_in_words_that_name_it_what_is_allowed_and_wha
         {"seed": 2**32 - 1},
         {"use_rand": False, "seed": 0},
         {"merge_attn": False, "merge_mlp": True},
+        {"prop_attn": True},
         *({"max_downsample": level} for level in DOWNSAMPLES),
     ],
     ids=str,

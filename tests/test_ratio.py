@@ -49,7 +49,7 @@ pytestmark = [
 ]
 
 RATIOS = [round(0.06 * i, 2) for i in range(12)]  # more than dynamo would recompile one code object for, 0 among them
-EVERYTHING: dict[str, Any] = {"max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}
+EVERYTHING: dict[str, Any] = {"max_downsample": 8, "merge_crossattn": True, "merge_mlp": True, "prop_attn": True}
 
 
 def whole(model: Any, counter: Any, **options: Any) -> Any:

@@ -204,6 +204,7 @@ def valid(draw: st.DrawFn) -> dict[str, Any]:
     options["use_rand"] = draw(st.booleans())
     options["seed"] = draw(st.integers(0, 2**32 - 1)) if options["use_rand"] else 0
     options |= draw(st.fixed_dictionaries({name: st.booleans() for name in SCOPES}).filter(lambda s: any(s.values())))
+    options["prop_attn"] = draw(st.booleans()) if options["merge_attn"] else False
     options["max_downsample"] = draw(st.sampled_from([None, 1, 2, 4, 8]))
     return options
 
@@ -241,6 +242,7 @@ BAD: dict[str, st.SearchStrategy[Any]] = {
     "max_downsample": st.integers().filter(lambda n: n not in (1, 2, 4, 8)) | st.sampled_from(["1", 1.0, [1], True]),
     "use_rand": FLAGS,
     "dynamic_ratio": FLAGS,
+    "prop_attn": FLAGS,
     **dict.fromkeys(SCOPES, FLAGS),
 }
 

@@ -195,6 +195,19 @@ def test_the_code_of_a_merged_block_reads_as_the_docstring_says() -> None:
     ]
 
 
+def test_the_code_of_proportional_attention_reads_as_the_docstring_says() -> None:
+    graph = by_template(Block())
+    assert insert_merge(graph, ("attn", "ff"), proportional=("attn",)) == assert_paired(graph) == 2
+    assert code(graph)[1:6] == [
+        "norm = self.norm(x)",
+        "merge = tome_fx_ops_merge(norm, slots)  # [B, K, C]",
+        "log_sizes = tome_fx_ops_log_sizes(norm, slots)  # [B, 1, K]",
+        "attn = self.attn(merge, attention_mask = log_sizes)  # [B, K, C]",
+        "unmerge = tome_fx_ops_unmerge(attn, slots)  # [B, N, C]",
+    ]
+    assert counts(graph)[ops.log_sizes] == 1
+
+
 def test_the_code_of_an_outer_graph_matches_before_each_named_block() -> None:
     graph = by_template(Stack())
     assert insert_match(graph, ("first", "second"), **MATCH) == 2

@@ -148,6 +148,17 @@ def test_self_attention_sees_merged_tokens_as_if_by_hooks(build: Callable[[], An
     assert relative_error(ours, output(model, arguments)) > 1e-3
 
 
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("build", MODELS)
+def test_proportional_attention_sees_every_token_in_the_place_of_its_slots_mean(
+    build: Callable[[], Any], ratio: float
+) -> None:
+    arguments = inputs(build())
+    plain, ours = (output(transform(build(), ratio, use_rand=False, prop_attn=p), arguments) for p in (False, True))
+    assert relative_error(ours, output(hooked(build(), ratio, proportional=True), arguments)) < 1e-5
+    assert relative_error(ours, plain) > 1e-4
+
+
 @pytest.mark.parametrize("options", [{}, {"merge_crossattn": True, "merge_mlp": True, "max_downsample": 8}])
 @pytest.mark.parametrize("build", MODELS)
 def test_ratio_0_is_the_original_bit_for_bit(build: Callable[[], Any], options: dict[str, Any]) -> None:

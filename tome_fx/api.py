@@ -39,6 +39,7 @@ def transform(
     merge_attn: bool = True,
     merge_crossattn: bool = False,
     merge_mlp: bool = False,
+    prop_attn: bool = False,
     dynamic_ratio: bool = False,
 ) -> Model:
     """Give a UNet token merging: similar image tokens are averaged before attention and copied back after it.
@@ -63,6 +64,9 @@ def transform(
         merge_attn: Merge around self-attention, where the cost is quadratic.
         merge_crossattn: Merge around cross-attention as well. Costs quality for little speed.
         merge_mlp: Merge around the feed-forward as well. Costs quality.
+        prop_attn: Weigh each merged token in self-attention by how many tokens it stands for, which keeps the image
+            closer to the original. False is what tomesd does, and leaves attention without a mask, which some of a
+            GPU's kernels cannot take.
         dynamic_ratio: Make the number of kept tokens a dynamic size, so that one compiled graph serves every ratio
             that `set_ratio` gives it. The ratio is then a whole number of thousandths, and at 0 tokens are still
             matched. False compiles once for each ratio, and 0 is free.
@@ -85,6 +89,7 @@ def transform(
         merge_attn=merge_attn,
         merge_crossattn=merge_crossattn,
         merge_mlp=merge_mlp,
+        prop_attn=prop_attn,
         dynamic_ratio=dynamic_ratio,
     )
     _check_model(model)

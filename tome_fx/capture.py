@@ -94,7 +94,7 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
     classes = {
         site.path: specialize(
             model.get_submodule(site.path),
-            MergePass(scopes),
+            MergePass(scopes, plan.prop_attn),
             example={"hidden_states": "3d", "encoder_hidden_states": "3d"},
             live=("training", "_chunk_size", "_chunk_dim"),
             leaves=("_chunked_feed_forward",),

@@ -1,7 +1,7 @@
-"""The three operations of token merging: `match` finds a slot map, `merge` and `unmerge` apply it.
+"""The operations of token merging: `match` finds a slot map, `merge` and `unmerge` apply it, `log_sizes` weighs it.
 
 A slot map gives every token its place in the merged sequence of K tokens. It is None on a grid without a whole cell;
-both `merge` and `unmerge` are then the identity.
+`merge` and `unmerge` are then the identity.
 
 All shapes follow from the arguments' shapes and from Python numbers, never from data, so that one graph serves
 every input. Nothing draws random numbers.
@@ -125,6 +125,28 @@ def unmerge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
     if slots is None:
         return tokens
     return tokens.gather(1, slots.slot[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def log_sizes(tokens: Tensor, slots: SlotMap | None) -> Tensor | None:
+    """How many tokens each slot stands for, as what proportional attention adds to the scores of its keys.
+
+    A key with the logarithm of a count added to its scores is attended to as that many copies of it would be. So
+    attention over merged tokens is attention over all tokens, each in the place of its slot's mean.
+
+    Args:
+        tokens: `[B, N, C]`, for their dtype.
+        slots: From `match`.
+
+    Returns:
+        `[B, 1, K]`, the same for every query, or None where `slots` is None.
+
+    Source: Bolya et al., "Token Merging: Your ViT But Faster" (2023), equation 1.
+    """
+    if slots is None:
+        return None
+    batch, count = slots.slot.shape
+    end = count * torch.arange(1, batch + 1, device=slots.start.device)[:, None]
+    return slots.start.diff(append=end).log().to(tokens.dtype)[:, None]
 
 
 def destinations_first(height: int, width: int, sx: int, sy: int, seed: int | None, device: torch.device) -> Tensor:

@@ -11,6 +11,8 @@ from tome_fx.plan import SCOPES, TransformError
 from tome_fx.rewrite import insert_match, insert_merge
 
 KEEPING_PROCESSORS = ("CrossAttnStoreProcessor",)  # of self-attention guidance, which maps its weights to pixels
+# Of perturbed-attention guidance: each attends in a part of the batch, and gives it the mask of the whole.
+PARTIAL_PROCESSORS = ("PAGIdentitySelfAttnProcessor2_0", "PAGCFGIdentitySelfAttnProcessor2_0")
 
 
 @dataclass(frozen=True)
@@ -33,27 +35,37 @@ class MatchPass:
 
 @dataclass(frozen=True)
 class MergePass:
-    """The pass for a `BasicTransformerBlock`: each scope's module sees merged tokens, at whatever ratio."""
+    """The pass for a `BasicTransformerBlock`: each scope's module sees merged tokens, at whatever ratio.
+
+    `prop_attn` makes its self-attention proportional.
+    """
 
     scopes: tuple[str, ...]
+    prop_attn: bool = False
 
     def __call__(self, graph: fx.Graph) -> int:
         """Change the graph in place; returns how many modules were wrapped."""
         for node in graph.nodes:
             if node.target in self.scopes:
                 _refuse_masks(node)
-        count = insert_merge(graph, self.scopes)
+        count = insert_merge(graph, self.scopes, proportional=self.scopes[:1] if self.prop_attn else ())
         _require(count, self.scopes, graph)
         return count
 
     def check(self, block: nn.Module, slots: SlotMap | None) -> None:
-        """Refuse what keeps something of merged tokens beyond a call: the next call merges others."""
+        """Refuse what keeps something of merged tokens beyond a call, which merges others, and what mistakes a mask."""
         for name in self.scopes if slots is not None else ():
             module = getattr(block, name)
             registry = getattr(module, "_diffusers_hook", None)
             hooks = () if registry is None else registry.hooks.values()
+            processor = type(getattr(module, "processor", None)).__name__
             keeping = [type(hook).__name__ for hook in hooks if hook._is_stateful]
-            keeping += [n for n in (type(getattr(module, "processor", None)).__name__,) if n in KEEPING_PROCESSORS]
+            keeping += [processor] * (processor in KEEPING_PROCESSORS)
+            if processor in PARTIAL_PROCESSORS and self.prop_attn:
+                raise TransformError(
+                    f"{processor} attends in parts of the batch, and cannot divide the mask by which prop_attn=True "
+                    "weighs tokens. Leave it out, or transform with prop_attn=False"
+                )
             if keeping:
                 raise TransformError(
                     f"{keeping[0]} keeps what it sees in {name}, whose tokens are merged ({_scope(name)}=True) and are "

@@ -45,6 +45,7 @@ class Plan:
     merge_attn: bool = True
     merge_crossattn: bool = False
     merge_mlp: bool = False
+    prop_attn: bool = False
     dynamic_ratio: bool = False
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class Plan:
             )
         if self.max_downsample is not None and integer("max_downsample", self.max_downsample) not in DOWNSAMPLES:
             raise ValueError(f"max_downsample must be None or one of {DOWNSAMPLES}, got {self.max_downsample}")
-        for name in ("use_rand", *SCOPES, "dynamic_ratio"):
+        for name in ("use_rand", *SCOPES, "prop_attn", "dynamic_ratio"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not 0 <= integer("seed", self.seed) < 2**32:
@@ -73,6 +74,8 @@ class Plan:
             raise ValueError(f"seed={self.seed} does nothing with use_rand=False; leave it at 0")
         if self.dynamic_ratio and abs(round(self.ratio, 3) - self.ratio) > 1e-9:  # 0.1 + 0.2 is meant to be 0.3
             raise ValueError(f"ratio must be a whole number of thousandths with dynamic_ratio=True, got {self.ratio}")
+        if self.prop_attn and not self.merge_attn:
+            raise ValueError("prop_attn=True does nothing with merge_attn=False: it weighs merged self-attention")
         if not self.scopes:
             raise ValueError(f"nothing to merge: at least one of {', '.join(SCOPES)} must be True")
 

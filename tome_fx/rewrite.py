@@ -85,7 +85,7 @@ def insert_match(
     return len(calls)
 
 
-def insert_merge(graph: fx.Graph, modules: Collection[str]) -> int:
+def insert_merge(graph: fx.Graph, modules: Collection[str], *, proportional: Collection[str] = ()) -> int:
     """Let each named module see merged tokens; adds the input `slots`.
 
     Before::
@@ -98,9 +98,15 @@ def insert_merge(graph: fx.Graph, modules: Collection[str]) -> int:
         y = self.module(merge)
         unmerge = unmerge(y, slots)
 
+    and where attention is to be proportional::
+
+        log_sizes = log_sizes(x, slots)
+        y = self.module(merge, attention_mask=log_sizes)
+
     Args:
         graph: Changed in place.
         modules: Names of modules that map tokens `[B, N, C]` to tokens, given as their first argument.
+        proportional: Those of them that are self-attention, and shall weigh each key by the tokens that it stands for.
 
     Returns:
         How many modules were wrapped.
@@ -109,9 +115,13 @@ def insert_merge(graph: fx.Graph, modules: Collection[str]) -> int:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     with graph.inserting_after(inputs[-1]):
         slots = graph.placeholder("slots", default_value=None)
-    for node, _, place in calls:
+    for node, name, place in calls:
         with graph.inserting_before(node):
             merged = graph.call_function(ops.merge, (node.args[place], slots))
+            if name in proportional:
+                bias = graph.call_function(ops.log_sizes, (node.args[place], slots))
+                node.update_kwarg("attention_mask", bias)
+                bias.meta["shape"] = "[B, 1, K]"
         with graph.inserting_after(node):
             restored = graph.call_function(ops.unmerge, (node, slots))
         node.replace_all_uses_with(restored)
