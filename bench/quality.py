@@ -68,6 +68,7 @@ def _tomesd(unet: UNet2DConditionModel, case: Case, steps: int) -> Callable[...,
 VARIANTS: dict[str, Callable[[UNet2DConditionModel, Case, int], Callable[..., Any]]] = {
     STOCK: lambda unet, case, steps: unet,
     "tome_fx": lambda unet, case, steps: _transformed(unet, case),
+    "prop_attn": lambda unet, case, steps: _transformed(unet, case, prop_attn=True),
     "top-left": lambda unet, case, steps: _transformed(unet, case, use_rand=False),
     "each-step": _each_step,
     "one-match": lambda unet, case, steps: variants.one_match(_transformed(unet, case)),

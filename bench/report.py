@@ -13,6 +13,7 @@ from bench.cells import Cell
 from bench.variants import SCOPES, VARIANTS
 
 RESULTS = Path(__file__).parent / "results"
+TRADED = [(variant, scope) for variant in ("tome_fx", "prop_attn") for scope in SCOPES]
 WATERFALL = ("vanilla", "sdpa", "compile", "tome_fx+compile")
 README = Path(__file__).parent.parent / "README.md"
 
@@ -166,18 +167,17 @@ def plots(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def _draw_tradeoff(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """What is lost over what is gained: SSIM over speed-up, a line for each scope, a point for each ratio."""
-    for i, scope in enumerate(SCOPES):
+    """What is lost over what is gained: SSIM over speed-up, a line for each way to merge, a point for each ratio."""
+    for i, (variant, scope) in enumerate(TRADED):
         line = [
             (quality.speedup(row, rows), *quality.interval(row["ssim"]), row["case"]["ratio"])
             for row in rows
-            if row["case"]["variant"] == "tome_fx" and row["case"]["scope"] == scope
-            if row["case"]["max_downsample"] is None
+            if (row["case"]["variant"], row["case"]["scope"], row["case"]["max_downsample"]) == (variant, scope, None)
         ]
         if line:
             x, y, low, high, ratios = zip(*sorted(line, key=lambda point: point[-1]), strict=True)
             bars = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
-            axes.errorbar(x, y, bars, marker="o", capsize=2, label=scope)
+            axes.errorbar(x, y, bars, marker="o", capsize=2, label=f"{variant}, {scope}")
             for place in zip(ratios, x, y, strict=True):
                 axes.annotate(f"{place[0]:g}", place[1:], textcoords="offset points", xytext=(5, 7 - 9 * i), fontsize=8)
     axes.plot([1], [1], "k*", label="stock")

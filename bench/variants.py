@@ -97,9 +97,9 @@ class AsUNet(nn.Module):
         return self.call(sample=sample, timestep=timestep, **kwargs)
 
 
-def merged(unet: UNet2DConditionModel, setting: Setting, dynamic_ratio: bool = False) -> UNet2DConditionModel:
+def merged(unet: UNet2DConditionModel, setting: Setting, **options: bool) -> UNet2DConditionModel:
     """Our transform."""
-    return tome_fx.transform(unet, setting.ratio, dynamic_ratio=dynamic_ratio, **SCOPES[setting.scope])
+    return tome_fx.transform(unet, setting.ratio, **SCOPES[setting.scope], **options)
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,12 @@ VARIANTS = {
     "tome_fx": Variant("ours, eager", merged),
     "tome_fx+compile": Variant("ours under torch.compile", lambda u, s: compiled(merged(u, s), s)),
     "tome_fx+dynamic+compile": Variant(
-        "ours with dynamic_ratio=True: one graph for every ratio", lambda u, s: compiled(merged(u, s, True), s)
+        "ours with dynamic_ratio=True: one graph for every ratio",
+        lambda u, s: compiled(merged(u, s, dynamic_ratio=True), s),
+    ),
+    "tome_fx+prop_attn+compile": Variant(
+        "ours with prop_attn=True: merged tokens weighed by their number",
+        lambda u, s: compiled(merged(u, s, prop_attn=True), s),
     ),
     "oracle+compile": Variant("our graph with free matching and merging", lambda u, s: compiled(oracle(u, s), s)),
     "todo+compile": Variant("keys and values downsampled by 2 x 2", lambda u, s: compiled(downsampled(u, s), s)),

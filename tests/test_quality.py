@@ -5,6 +5,7 @@ import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -82,16 +83,18 @@ def test_prompts_are_read_from_lines_or_from_the_column_of_a_tsv(tmp_path: Path)
 
 
 def test_a_run_gives_every_variant_the_same_seeds_and_keeps_all_values(tmp_path: Path) -> None:
-    cases = [Case(), Case("tome_fx", 0.5), Case("tome_fx", 0.0), Case("each-step", 0.5), Case("tomesd", 0.5)]
+    cases = [Case(), Case("tome_fx", 0.5), Case("tome_fx", 0.0)]
+    cases += [Case(variant, 0.5) for variant in ("each-step", "tomesd", "prop_attn")]
     options: dict[str, Any] = {"count": 3, "steps": 2, "guidance": 3.0, "prompts": None, "batch": 2, "keep": 1}
     document, kept = quality.run("shapes", cases, path=tmp_path / "q.json", **options)
     rows = {row["case"]["variant"] + str(row["case"]["ratio"]): row for row in document["rows"]}
     assert rows["stock0.0"]["latent_error"] == rows["tome_fx0.0"]["latent_error"] == [0.0] * 3
-    for name in ("tome_fx0.5", "each-step0.5", "tomesd0.5"):
+    for name in ("tome_fx0.5", "each-step0.5", "tomesd0.5", "prop_attn0.5"):
         assert all(0 < error < 0.5 for error in rows[name]["latent_error"])
         assert len(rows[name]["right"]) == 3
-    assert len({tuple(row["latent_error"]) for row in document["rows"]}) == 4
-    assert [images.shape for images in kept.values()] == [(1, 3, SIDE, SIDE)] * 5
+    assert len({tuple(row["latent_error"]) for row in document["rows"]}) == 5
+    assert fmean(rows["prop_attn0.5"]["latent_error"]) < fmean(rows["tome_fx0.5"]["latent_error"])
+    assert [images.shape for images in kept.values()] == [(1, 3, SIDE, SIDE)] * 6
     assert len(quality.table(document).splitlines()) == 2 + len(cases)
 
 
@@ -125,7 +128,7 @@ def test_quality_over_speed_up_is_drawn_for_each_scope(tmp_path: Path) -> None:
     report._draw_tradeoff(axes, rows)
     plt.close(figure)
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert sorted(labels) == ["all", "attn", "stock"]
+    assert sorted(labels) == ["stock", "tome_fx, all", "tome_fx, attn"]
     assert [text.get_text() for text in axes.texts] == ["0.25", "0.5"] * 2
 
 
