@@ -26,7 +26,7 @@ from bench.shapes import reader as judge
 from bench.shapes.reader import Reader
 from bench.shapes.scenes import HELD_OUT, SIDE, Scene, draw, numbered
 from bench.variants import SCOPES, AsUNet
-from tome_fx.api import share
+from tome_fx.capture import share
 from tome_fx.inputs import example_inputs
 
 REAL = 1024  # scenes that a Fréchet distance is taken from

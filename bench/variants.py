@@ -13,8 +13,7 @@ from torch import Tensor, fx, nn
 
 import tome_fx
 from tome_fx import ops
-from tome_fx.api import share
-from tome_fx.capture import find_sites
+from tome_fx.capture import find_sites, share
 from tome_fx.specialize import Pass, specialize
 
 SCOPES = {

@@ -113,7 +113,7 @@ def _unet(down_block_types: tuple[str, ...], **config: Any) -> UNet2DConditionMo
         "cross_attention_dim": 16,
         "up_block_types": tuple(ups),
     }
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # wherever the first test to ask is
         torch.manual_seed(0)
         return UNet2DConditionModel(down_block_types=down_block_types, **{**options, **config}).eval()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import cold, demo, latency, measure, models, report, tables, variants
 from bench.cells import Cell, suite
-from tome_fx.api import share
+from tome_fx.capture import share
 
 RESULTS = sorted(report.RESULTS.glob("*.json"))
 

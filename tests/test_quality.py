@@ -21,7 +21,7 @@ from bench import quality, report, shapes, variants, viz
 from bench.quality import Case, Images
 from bench.shapes.scenes import HELD_OUT, SIDE, draw, numbered
 from tome_fx import ops
-from tome_fx.api import share
+from tome_fx.capture import share
 
 mpl.use("agg")
 

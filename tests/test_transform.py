@@ -8,6 +8,7 @@ error which names the argument, what is allowed and what came, and changes nothi
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 import re
@@ -209,7 +210,7 @@ with torch.no_grad():
     torch.save(unet(**torch.load("arguments.pt")).sample, "sample.pt")
 assert "tome_fx" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=600)
     assert torch.equal(torch.load(tmp_path / "sample.pt"), output(model, arguments))
 
 
@@ -483,6 +484,41 @@ def test_gradient_checkpointing_changes_no_gradient(options: dict[str, Any]) -> 
     assert torch.equal(output(result, arguments), sample)
     result.disable_gradient_checkpointing()
     assert torch.equal(output(result, arguments), sample)
+
+
+def test_hooks_and_processors_that_were_there_before_go_on_working_for_their_owner() -> None:
+    class Telling(AttnProcessor2_0):  # type: ignore[misc]
+        def __init__(self, store: list[str]) -> None:
+            super().__init__()
+            self.store = store
+
+        def hook(self, *_: Any) -> None:
+            self.store.append("bound")
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            self.store.append("processor")
+            return super().__call__(*args, **kwargs)
+
+    def note(store: list[str], *_: Any) -> None:
+        store.append("partial")
+
+    def count(module: Any, *_: Any) -> None:
+        module.calls = getattr(module, "calls", 0) + 1
+
+    seen: list[str] = []
+    model = copy.deepcopy(two_stages())
+    path, block = next(iter(blocks(model).items()))
+    block.attn1.set_processor(Telling(seen))
+    block.attn1.register_forward_pre_hook(Telling(seen).hook)
+    block.attn1.register_forward_hook(functools.partial(note, seen))
+    block.attn1.register_forward_hook(types.MethodType(count, block))
+    result = transform(model)
+    tome_fx.explain(result, 8, 8)
+    assert not seen, "explain has run what is the user's"
+    output(result, inputs(model))
+    assert seen == ["bound", "processor", "partial"]
+    assert not hasattr(block, "calls"), "a hook that is the model's own counts in the original"
+    assert result.get_submodule(path).calls == 1
 
 
 def test_hooks_and_processors_are_put_on_the_result_without_touching_the_original() -> None:

@@ -8,21 +8,17 @@ A new ratio makes a new function. Where offloading hooks have been wrapped aroun
 replaced, it is given the new code instead.
 """
 
-import copy
 import types
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from tome_fx.capture import MODELS, merged_sites, rewritten_classes
+from tome_fx.capture import MODELS, Model, given, merged_sites, rewritten_classes, share
 from tome_fx.plan import Plan, TransformError
 from tome_fx.rewrite import RATIO_SIZE
 from tome_fx.specialize import with_own_code
-
-Model = TypeVar("Model", bound=nn.Module)
 
 MERGING = "tome_fx"  # the attribute of a transformed model that holds its Merging
 
@@ -93,7 +89,7 @@ def transform(
         dynamic_ratio=dynamic_ratio,
     )
     _check_model(model)
-    result = share(model)
+    result = share(model, given(model))
     for module in result.modules():
         vars(module).pop("forward", None)  # the class's own, which hooks leave there: it would hide the rewritten one
     _install(result, plan)
@@ -164,14 +160,6 @@ def _install(model: nn.Module, plan: Plan) -> None:
         merging.forward.__code__ = forward.__code__
         forward = merging.forward
     setattr(model, MERGING, Merging(plan, forward))
-
-
-def share(model: Model) -> Model:
-    """A copy of the model with a structure and a state of its own and the same parameters and buffers."""
-    try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
-    except Exception as error:
-        raise TransformError(f"the structure of {type(model).__name__} cannot be copied: {error}") from error
 
 
 def _check_type(model: object) -> None:

@@ -1,9 +1,15 @@
-"""Where image tokens are in a diffusers model, and how its blocks are rewritten. The only file that knows diffusers."""
+"""Where image tokens are in a diffusers model, what of it is copied, and how its blocks are rewritten.
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+The only file that knows diffusers.
+"""
 
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, TypeVar
+
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -18,6 +24,7 @@ from tome_fx.specialize import specialize
 
 VIDEO = (UNetMotionModel, UNet3DConditionModel)  # frames of a clip, which are a batch of images to what is rewritten
 MODELS = (UNet2DConditionModel, ControlNetModel, *VIDEO)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,9 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
         )
         for site in find_sites(model)
     }
+    for cls in set(classes.values()):  # by which layer skipping finds out what a block returns
+        known = TransformerBlockRegistry.get(BasicTransformerBlock)
+        TransformerBlockRegistry.register(cls, replace(known, _cached_parameter_indices=None))
     for path in dict.fromkeys(site.transformer for site in chosen):
         blocks = tuple(site.block for site in chosen if site.transformer == path)
         classes[path] = specialize(
@@ -111,6 +121,26 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
             leaves=("_gradient_checkpointing_func",),
         )
     return classes
+
+
+def share(model: Model, more: Iterable[object] = ()) -> Model:
+    """A copy of the model with a structure and a state of its own, and the same parameters, buffers and `more`."""
+    try:
+        return copy.deepcopy(model, {id(same): same for same in chain(model.parameters(), model.buffers(), more)})
+    except Exception as error:
+        raise TransformError(f"the structure of {type(model).__name__} cannot be copied: {error}") from error
+
+
+def given(model: nn.Module) -> Iterator[object]:
+    """What users have put into the model and may hold on to: attention processors and hooks, whatever these refer to.
+
+    A copy would fill a copy of their owner's store. Those that are modules, or bound to one, are the model's own.
+    """
+    for module in model.modules():
+        hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+        for value in (getattr(module, "processor", None), *chain.from_iterable(found.values() for found in hooks)):
+            if not isinstance(value, nn.Module) and not isinstance(getattr(value, "__self__", None), nn.Module):
+                yield value
 
 
 def _stages(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
