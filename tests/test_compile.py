@@ -33,6 +33,7 @@ from models import (
     sd15,
     sd21,
     sdxl,
+    transformers,
     two_stages,
 )
 from torch import Tensor
@@ -383,6 +384,19 @@ def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(dynamic_rati
         gradients.append(torch.cat([gradient.flatten() for gradient in found]))
     eager, compiled = gradients
     assert relative_error(compiled, eager) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{"dynamic_ratio": True}, {}], ids=["dynamic ratio", "dynamic sizes"])
+def test_a_kept_count_that_is_symbolic_trains_under_inductor(options: dict[str, bool]) -> None:
+    """A transformer alone, without the convolutions around it, which take long to compile."""
+    model = next(iter(transformers(transform(one_block(), ratio=0.5, **options)).values()))
+    compiled = torch.compile(model, fullgraph=True, dynamic=None if options else True)
+    image, prompt = torch.randn(2, 32, 8, 8), torch.randn(2, 5, 16)
+    gradients = []
+    for run in (model, compiled):
+        loss = run(image, encoder_hidden_states=prompt, return_dict=False)[0].square().mean()
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    assert relative_error(gradients[1], gradients[0]) < 1e-5
 
 
 def generated(model: Any, arguments: dict[str, Any]) -> tuple[Tensor, Counter[str], int]:

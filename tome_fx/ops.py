@@ -71,6 +71,8 @@ def match(tokens: Tensor, height: int, width: int, *, kept: int, sx: int, sy: in
     if cells == 0:
         return None
 
+    kept = 1 + torch.sym_max(0, kept - 1)  # so that Inductor knows of a symbolic K that it is not 0
+
     order = destinations_first(height, width, sx, sy, seed, tokens.device)
     unit = _unit(tokens.detach())
     similarity = unit[:, order[cells:]] @ unit[:, order[:cells]].mT  # [B, sources, cells]
