@@ -5,12 +5,13 @@ that merging did not ask for. Where nothing is wrong it says so. The model, its 
 """
 
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from models import blocks, inputs, one_block, two_stages
+from models import blocks, inputs, one_block, one_stage, two_stages
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
@@ -60,7 +61,7 @@ def test_blocks_compiled_in_place_are_a_compiled_model_and_nothing_new_is_told_a
     assert diagnose(model, **arguments).graphs == 2  # a merged level and an unmerged one
     found = diagnose(model, **arguments)
     assert (found.graphs, found.again, found.fallbacks, found.healthy) == (0, 0, None, True)
-    assert "one like it had been made before" in str(found)
+    assert "No graphs compiled in the first call." in str(found)
 
 
 def test_a_planted_graph_break_is_found_with_its_reason_and_advice() -> None:
@@ -96,12 +97,12 @@ def test_a_recompile_is_found_with_the_guard_that_failed_and_advice() -> None:
 
 
 def test_a_call_left_to_aten_that_merging_does_not_ask_for_is_something_to_mend() -> None:
-    found = Diagnosis("a model", 1, 0, (), (), {"sort": 2, "scatter_reduce": 1})
+    found = Diagnosis("a model", 1, 0, 0, (), (), {"sort": 2, "scatter_reduce": 1})
     assert not found.healthy
     assert "please report it" in str(found)
-    assert Diagnosis("a model", 1, 0, (), (), {}).healthy
-    assert "Merging leaves no call to ATen." in str(Diagnosis("a model", 1, 0, (), (), {}))
-    again = Diagnosis("a model", 2, 1, (), (Finding("a guard", "an advice"),), None)
+    assert Diagnosis("a model", 1, 0, 0, (), (), {}).healthy
+    assert "Merging leaves no call to ATen." in str(Diagnosis("a model", 1, 0, 0, (), (), {}))
+    again = Diagnosis("a model", 2, 1, 0, (), (Finding("a guard", "an advice"),), None)
     assert not again.healthy
     assert "2 graphs compiled" in str(again)
     assert "1 compiled in a second call" in str(again)
@@ -114,10 +115,50 @@ def test_calls_of_aten_are_found_in_generated_code_under_the_names_that_inductor
     assert _fallbacks(["aten.scatter_(buf)", "torch.ops.aten.gather.default(buf)"]) == {"scatter_": 1, "gather": 1}
 
 
-def test_a_forward_that_is_kept_from_compiling_is_an_error() -> None:
+def test_a_break_that_fullgraph_does_not_allow_is_told_like_one_that_is_allowed() -> None:
     model = transform(copy.deepcopy(one_block()), ratio=0.5)
-    with torch._dynamo.config.patch(disable=True), pytest.raises(ValueError, match="nothing of the model ran compiled"):
-        diagnose(quick(model), **inputs(model, 16, 16))
+    (block,) = blocks(model).values()
+    block.attn2.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    found = diagnose(quick(model, fullgraph=True), **inputs(model, 16, 16))
+    (broken,) = found.breaks
+    assert "graph_break()" in broken.what
+    assert broken.advice == "Remove the `torch._dynamo.graph_break()` call"
+    assert (found.graphs, found.healthy) == (0, False)
+
+
+def test_what_is_compiled_in_the_second_call_is_counted() -> None:
+    model = transform(copy.deepcopy(one_block()), ratio=0.5)
+    (block,) = blocks(model).values()
+    calls = itertools.count()
+    model.register_forward_pre_hook(lambda *_: setattr(block, "turn", next(calls)))
+    block.register_forward_hook(lambda block, args, result: result + block.turn)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager", dynamic=False)
+    found = diagnose(model, **inputs(model, 16, 16))
+    assert (found.again, found.eager, found.healthy) == (1, 0, False)
+    (recompile,) = found.recompiles
+    assert "turn" in recompile.what
+
+
+def test_a_model_that_runs_eagerly_is_found_to() -> None:
+    model = transform(one_block(), ratio=0.5)
+    arguments = inputs(model, 8, 8)
+    compiled = quick(model)
+    assert diagnose(compiled, **arguments).healthy
+    with torch.compiler.set_stance("force_eager"):
+        assert diagnose(compiled, **arguments).eager == 1
+    with torch._dynamo.config.patch(disable=True):
+        found = diagnose(quick(model), **arguments)
+    assert (found.graphs, found.eager, found.healthy) == (0, 1, False)
+    assert "Parts of the model that ran eagerly: 1.\n  What to do: compile with fullgraph=True" in str(found)
+
+
+def test_blocks_that_dynamo_has_given_up_on_are_found_to_run_eagerly() -> None:
+    model = transform(one_stage(), ratio=0.5)
+    model.compile_repeated_blocks(backend="eager", dynamic=False)
+    for width in range(8, 16):
+        assert diagnose(model, **inputs(model, 8, width)).eager == 0
+    found = diagnose(model, **inputs(model, 8, 16))
+    assert (found.graphs, found.eager, found.healthy) == (0, 3, False)
 
 
 def test_what_is_not_compiled_or_not_transformed_is_an_error() -> None:

@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import nn
+from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tome_fx import ops
@@ -25,6 +27,7 @@ ADVICE = (
     ("training", "call eval() once, before the first call"),
     ("", "TORCH_LOGS=recompiles shows the guard with its source"),
 )
+EAGER = "compile with fullgraph=True to be told why, and with dynamic=True where it is for the number of sizes"
 # The calls that a merge leaves to ATen by design: see NOTE [Determinism] in ops.py.
 EXPECTED = {
     "sort": "two for each match: the ranking of the sources, the order of the slots",
@@ -47,31 +50,31 @@ class Finding:
 class Diagnosis:
     """What `diagnose` found; `print` shows it in words.
 
-    `graphs` were compiled in the first call and `again` in a second one of the same inputs. `fallbacks` counts the
-    calls in the generated code of those ATen operations that a merge is made of, by name; None where nothing was
-    compiled, or not by Inductor.
+    `graphs` were compiled in the first call and `again` in a second one of the same inputs, in which `eager` of the
+    parts that are to run compiled did not. `fallbacks` counts the calls in the generated code of those ATen operations
+    that a merge is made of, by name; None where nothing was compiled, or not by Inductor.
     """
 
     title: str
     graphs: int
     again: int
+    eager: int
     breaks: tuple[Finding, ...]
     recompiles: tuple[Finding, ...]
     fallbacks: dict[str, int] | None
 
     @property
     def healthy(self) -> bool:
-        """No graph break, no recompile, nothing compiled in the second call, no fallback but the expected ones."""
-        return not (self.breaks or self.recompiles or self.again or (self.fallbacks or {}).keys() - EXPECTED.keys())
+        """All ran compiled, without break, recompile or second compile, and with no fallback but the expected ones."""
+        unexpected = (self.fallbacks or {}).keys() - EXPECTED.keys()
+        return not (self.eager or self.breaks or self.recompiles or self.again or unexpected)
 
     def __str__(self) -> str:
         """Every finding with its advice."""
-        lines = [self.title, ""]
-        if self.graphs:
-            lines.append(f"{self.graphs} graph{'s' * (self.graphs > 1)} compiled in the first call.")
-        else:
-            lines.append("Nothing compiled in the first call: one like it had been made before.")
+        lines = [f"{self.title}\n\n{self.graphs or 'No'} graph{'s' * (self.graphs != 1)} compiled in the first call."]
         lines.append(f"{self.again or 'None'} compiled in a second call of the same inputs.")
+        if self.eager:
+            lines.append(f"Parts of the model that ran eagerly: {self.eager}.\n  What to do: {EAGER}.")
         for name, found in (("graph break", self.breaks), ("recompile", self.recompiles)):
             count = sum(finding.times for finding in found)
             lines.append(f"{count or 'No'} {name}{'s' * (count != 1)}{':' if found else '.'}")
@@ -95,34 +98,34 @@ def diagnose(model: nn.Module, *args: Any, **kwargs: Any) -> Diagnosis:
 
     Args:
         model: What `transform` returned, compiled whole, by `.compile()` or by `.compile_repeated_blocks()`.
-        args: Of the model's forward.
-        kwargs: Of the model's forward.
+        args, kwargs: Of the model's forward.
 
     Raises:
         TypeError: `model` is of a kind that cannot be transformed.
-        ValueError: `model` is not compiled, or nothing of it runs so.
+        ValueError: `model` is not compiled.
         TransformError: `model` is not transformed.
     """
+    from torch._dynamo.exc import Unsupported
     from torch._dynamo.utils import counters  # here and below: the compiler is slow to import
 
     inner, merging = transformed(model)
-    if model is inner and not any(module._compiled_call_impl for module in model.modules()):
+    parts = 1 if model is not inner else sum(module._compiled_call_impl is not None for module in model.modules())
+    if not parts:
         raise ValueError("model is not compiled: compile it first, then diagnose what torch.compile returned")
+    title = f"{type(inner).__name__}, ratio {merging.plan.ratio}, merging around {', '.join(merging.plan.scopes)}"
     breaks_before = Counter(counters["graph_break"])
-    with _generated_code() as code:
-        graphs, recompiles = _call(model, args, kwargs)
-    if not any(map(_compiled, (merging.forward, *{type(module).forward for module in inner.modules()}))):
-        raise ValueError("nothing of the model ran compiled: is torch.compile disabled, or its forward?")
-    again, repeated = _call(model, args, kwargs)
-    breaks = Counter(counters["graph_break"]) - breaks_before
-    return Diagnosis(
-        title=f"{type(inner).__name__}, ratio {merging.plan.ratio}, merging around {', '.join(merging.plan.scopes)}",
-        graphs=graphs,
-        again=again,
-        breaks=tuple(_break(*item) for item in breaks.items()),
-        recompiles=tuple(_recompile(*item) for item in Counter(map(_guard, recompiles + repeated)).items()),
-        fallbacks=_fallbacks(code) if code else None,
-    )
+    try:
+        with _generated_code() as code:
+            graphs, recompiles = _call(model, args, kwargs)
+    except Unsupported as error:  # what is a break elsewhere, where fullgraph=True allows none
+        return Diagnosis(title, 0, 0, parts, (_break(str(error), 1),), (), None)
+    with profile(use_kineto=False) as second:
+        again, repeated = _call(model, args, kwargs)
+    regions = sum(event.name.startswith("Torch-Compiled Region") for event in second.function_events)
+    breaks = starmap(_break, (Counter(counters["graph_break"]) - breaks_before).items())
+    guards = starmap(_recompile, Counter(map(_guard, recompiles + repeated)).items())
+    fallbacks = _fallbacks(code) if code else None
+    return Diagnosis(title, graphs, again, max(0, parts - regions), tuple(breaks), tuple(guards), fallbacks)
 
 
 def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, list[str]]:
@@ -161,14 +164,6 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.add(func.overloadpacket.__name__.rstrip("_"))
         return func(*args, **(kwargs or {}))
-
-
-def _compiled(function: Any) -> bool:
-    """Whether dynamo holds compiled code for the function."""
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-
-    code = getattr(function, "__code__", None)
-    return code is not None and bool(_debug_get_cache_entry_list(code))
 
 
 def _fallbacks(code: list[str]) -> dict[str, int]:
