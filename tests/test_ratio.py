@@ -260,7 +260,25 @@ def test_a_larger_function_that_calls_the_model_follows_its_ratio(counter: Any) 
     assert counter.frame_count == 2
 
 
+def test_a_ratio_that_is_set_to_what_it_is_changes_nothing() -> None:
+    model = transform(one_block(), ratio=0.5)
+    before = dict(vars(model))
+    set_ratio(model, 0.5)
+    assert all(value is before[name] for name, value in vars(model).items())
+
+
 # ------------------------------------------------------------------------------------------------ a dynamic ratio
+
+
+@pytest.mark.parametrize("inside", [torch.inference_mode, torch.no_grad])
+def test_a_dynamic_ratio_that_is_set_in_the_middle_of_inference_costs_no_compile(inside: Any, counter: Any) -> None:
+    model = transform(one_block(), ratio=0.5, dynamic_ratio=True)
+    compiled, arguments = whole(model, counter), inputs(one_block(), 16, 16)
+    with inside():
+        for ratio in (0.5, 0.25, 0.3):
+            set_ratio(compiled, ratio)
+            assert relative_error(compiled(**arguments).sample, model(**arguments).sample) < 1e-5
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("build", [one_block, two_stages, sdxl])

@@ -99,8 +99,9 @@ def transform(
 def set_ratio(model: nn.Module, ratio: float) -> None:
     """Change the ratio of a transformed model in place, compiled or not; its weights and all else stay.
 
-    A model compiled whole, or block by block, compiles once more on its first call at a new ratio and not at all at
-    a ratio it has had before. With `dynamic_ratio=True` it never compiles again.
+    A model compiled whole compiles once more on its first call at a new ratio and not at all at a ratio it has had
+    before; with `dynamic_ratio=True` it never compiles again. Block by block, blocks compile once more for the second
+    number of kept tokens that they see, and then serve any.
 
     Args:
         model: What `transform` returned, or what `torch.compile` made of it. A copy of it keeps its own ratio.
@@ -112,7 +113,9 @@ def set_ratio(model: nn.Module, ratio: float) -> None:
         TransformError: The model is not transformed.
     """
     model, merging = transformed(model)
-    _install(model, replace(merging.plan, ratio=ratio))
+    plan = replace(merging.plan, ratio=ratio)
+    if plan != merging.plan:
+        _install(model, plan)
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,8 @@ def _install(model: nn.Module, plan: Plan) -> None:
     for path, cls in rewritten_classes(model, plan).items():
         model.get_submodule(path).__class__ = cls
     if plan.dynamic_ratio:
-        size = torch.empty(plan.ratio_size, 0, device="cpu")
+        with torch.inference_mode(False):  # wherever this is called, a guard on the tensor finds it as it was
+            size = torch.empty(plan.ratio_size, 0, dtype=torch.float32, device="cpu")
         torch._dynamo.mark_dynamic(size, 0)
         for path in {site.transformer for site in merged_sites(model, plan)}:
             setattr(model.get_submodule(path), RATIO_SIZE, size)
