@@ -16,9 +16,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from tome_fx import ops, plan
+from tome_fx import ops
 from tome_fx.capture import find_sites
 from tome_fx.inputs import example_inputs
+from tome_fx.plan import Grid, Plan
 
 TEXT_TOKENS = 5  # few, as no test depends on how many there are
 
@@ -177,35 +178,37 @@ def transformers(model: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in model.named_modules() if isinstance(module, Transformer2DModel)}
 
 
-def hooked(model: Any, ratio: float = 0.5, *, proportional: bool = False) -> Any:
-    """A copy that merges around self-attention at the finest level by hooks: what `transform` must equal, bit for bit.
+def hooked(model: Any, ratio: float = 0.5, **options: Any) -> Any:
+    """A copy that merges by hooks: what `transform` of the same options must equal, bit for bit.
 
-    Only the three operations are shared with `transform`; destinations are the top left tokens. Where attention is to
-    be proportional, keys and values are the means in the place of all tokens: what it equals up to rounding.
+    Only the operations and the arithmetic of the grid are shared with it; destinations are the top left tokens if not
+    asked otherwise. With `prop_attn` keys and values are the means in the place of all tokens: equal up to rounding.
     """
-    result = copy.deepcopy(model)
-    sites = find_sites(model)
+    result, plan = copy.deepcopy(model), Plan(ratio, **{"use_rand": False, **options})
+    sites = find_sites(model) if plan.matches else []
+    deepest = plan.max_downsample or min((site.downsample for site in sites), default=0)
     for site in sites:
-        if site.downsample == min(site.downsample for site in sites):
-            _hook(result.get_submodule(site.transformer), result.get_submodule(site.path), ratio, proportional)
+        if site.downsample <= deepest:
+            _hook(result.get_submodule(site.transformer), result.get_submodule(site.path), plan)
     return result
 
 
-def _hook(transformer: nn.Module, block: Any, ratio: float, proportional: bool) -> None:
+def _hook(transformer: nn.Module, block: Any, plan: Plan) -> None:
     seen: dict[str, Any] = {}
 
     def size(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         (image,) = args[:1] or (kwargs["hidden_states"],)
-        seen["size"] = image.shape[-2:]
+        height, width = image.shape[-2:]
+        seen["grid"] = Grid(height, width, plan.sx, plan.sy, plan.ratio, plan.dynamic_ratio)
 
     def match(_: nn.Module, args: tuple[Any, ...]) -> None:
-        height, width = seen["size"]
-        kept = plan.kept(height, width, ratio)
-        seen["slots"] = ops.match(args[0], height, width, kept=kept, sx=2, sy=2, seed=None)
+        grid = seen["grid"]
+        options = {"kept": grid.kept, "sx": plan.sx, "sy": plan.sy, "seed": plan.cell_seed}
+        seen["slots"] = ops.match(args[0], grid.height, grid.width, **options)
 
-    def merge(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def merge(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tokens = ops.merge(args[0], seen["slots"])
-        if proportional:
+        if plan.prop_attn and module is block.attn1:
             kwargs["encoder_hidden_states"] = ops.unmerge(tokens, seen["slots"])
         return (tokens, *args[1:]), kwargs
 
@@ -214,8 +217,9 @@ def _hook(transformer: nn.Module, block: Any, ratio: float, proportional: bool) 
 
     transformer.register_forward_pre_hook(size, with_kwargs=True)
     block.register_forward_pre_hook(match)
-    block.attn1.register_forward_pre_hook(merge, with_kwargs=True)
-    block.attn1.register_forward_hook(unmerge)
+    for scope in plan.scopes:
+        getattr(block, scope).register_forward_pre_hook(merge, with_kwargs=True)
+        getattr(block, scope).register_forward_hook(unmerge)
 
 
 @contextlib.contextmanager

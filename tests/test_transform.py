@@ -156,7 +156,7 @@ def test_proportional_attention_sees_every_token_in_the_place_of_its_slots_mean(
 ) -> None:
     arguments = inputs(build())
     plain, ours = (output(transform(build(), ratio, use_rand=False, prop_attn=p), arguments) for p in (False, True))
-    assert relative_error(ours, output(hooked(build(), ratio, proportional=True), arguments)) < 1e-5
+    assert relative_error(ours, output(hooked(build(), ratio, prop_attn=True), arguments)) < 1e-5
     assert relative_error(ours, plain) > 1e-4
 
 
