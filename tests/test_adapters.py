@@ -226,9 +226,11 @@ UNDONE: dict[str, Any] = {
 }
 
 
-def everywhere(cases: dict[str, Any]) -> pytest.MarkDecorator:
-    """Each case with each place for the transform among its steps."""
+def everywhere(cases: dict[str, Any], ends: bool = False) -> pytest.MarkDecorator:
+    """Each case with each place for the transform among its steps, or with the first and the last only."""
     rows = [(name, place) for name, (case, *_) in cases.items() for place in range(len(case.steps) + 1)]
+    if ends:
+        rows = [(name, place) for name, place in rows if place in (0, len(cases[name][0].steps))]
     parameters = [pytest.param(cases[n][0], place, id=f"{n}-{place}", marks=cases[n][1:]) for n, place in rows]
     return pytest.mark.parametrize("case, place", parameters)
 
@@ -290,10 +292,9 @@ def test_xformers_gives_what_it_gives_in_the_stock_model(place: int) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("name", ["loras", "ip-masks", "freeu", "keyword"])
-def test_compiled_it_is_one_graph_that_gives_what_eager_gives(name: str) -> None:
-    case = CASES[name][0]
-    result, arguments = case.unet(0), case.arguments()
+@everywhere(CASES | {"qkv": UNDONE["qkv"]}, ends=True)
+def test_compiled_it_is_one_graph_that_gives_what_eager_gives(case: Case, place: int) -> None:
+    result, arguments = case.unet(place), case.arguments()
     compiled = torch.compile(result, backend="eager", fullgraph=True)
     assert torch.equal(output(compiled, arguments), output(result, arguments))
     assert counters["stats"]["unique_graphs"] == 1
