@@ -17,11 +17,11 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
 from models import blocks, controlnet, gligen, hooked, mask, objects, output, relative_error, sd15, sdxl, two_stages
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tome_fx import TransformError, set_ratio, transform
+from tome_fx import TransformError, ops, plan, set_ratio, transform
 from tome_fx.capture import find_sites
 from tome_fx.inputs import example_inputs
 
@@ -69,15 +69,19 @@ def like(**config: Any) -> diffusers.UNet2DConditionModel:
     return diffusers.UNet2DConditionModel.from_config(two_stages().config, **config).eval()
 
 
-def load(unet: Any, name: str = "one", seed: int = 1, rank: int = 4, **options: Any) -> None:
-    """Load a LoRA for `two_stages()`, as if trained: B is zero in a new one, which does nothing."""
+def lora(seed: int = 1, rank: int = 4, prefix: str = "") -> dict[str, Tensor]:
+    """The weights of a LoRA for `two_stages()`, as if trained: B is zero in a new one, which does nothing."""
     weights = {}
     for path, module in two_stages().named_modules():
         if path.endswith(("to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj")):
             outs, ins, *kernel = module.weight.shape
-            weights[f"{path}.lora_A.weight"] = random(rank, ins, *kernel, seed=seed) / ins**0.5
-            weights[f"{path}.lora_B.weight"] = random(outs, rank, *kernel, seed=seed + 100) / rank**0.5
-    unet.load_lora_adapter(weights, prefix=None, adapter_name=name, **options)
+            weights[f"{prefix}{path}.lora_A.weight"] = random(rank, ins, *kernel, seed=seed) / ins**0.5
+            weights[f"{prefix}{path}.lora_B.weight"] = random(outs, rank, *kernel, seed=seed + 100) / rank**0.5
+    return weights
+
+
+def load(unet: Any, name: str = "one", seed: int = 1, rank: int = 4, **options: Any) -> None:
+    unet.load_lora_adapter(lora(seed, rank), prefix=None, adapter_name=name, **options)
 
 
 def pipeline(unet: Any, kind: str = "StableDiffusionPipeline", **parts: Any) -> Any:
@@ -103,6 +107,14 @@ def ip_adapter(unet: Any) -> None:
 def pag(unet: Any) -> None:
     pipe = pipeline(unet, "StableDiffusionPAGPipeline", pag_applied_layers=["mid", "down_blocks.0"])
     pipe._set_pag_attn_processor(pipe.pag_applied_layers, do_classifier_free_guidance=False)
+
+
+def image(unet: Any, kind: str, **call: Any) -> Tensor:
+    """The latents that a pipeline of this kind makes of the same prompts and noise every time."""
+    call |= {"prompt_embeds": random(1, 5, 16), "negative_prompt_embeds": random(1, 5, 16, seed=1)}
+    call |= {"latents": random(1, 4, HEIGHT, WIDTH), "height": 8 * HEIGHT, "width": 8 * WIDTH}
+    options = {"pag_applied_layers": ["mid", "down_blocks.0"]} if "pag_scale" in call else {}
+    return pipeline(unet, kind, **options)(**call, num_inference_steps=2, output_type="latent").images  # type: ignore[no-any-return]
 
 
 def no_fuser(unet: Any) -> None:
@@ -254,6 +266,26 @@ def test_what_was_undone_leaves_the_plain_model_merged(case: Case, place: int) -
     assert relative_error(halved(case.unet(place), case.arguments()), case.idle()) < 1e-5
 
 
+def hooked_across(model: Any) -> Any:
+    """A copy that merges around cross-attention too, as self-attention does: what `merge_crossattn=True` must equal."""
+    result = hooked(model)
+    for path in (site.path for site in find_sites(model) if site.downsample == 1):
+        _hook_across(result.get_submodule(path))
+    return result
+
+
+def _hook_across(block: Any) -> None:
+    seen: dict[str, Any] = {}
+
+    def match(_: nn.Module, args: tuple[Any, ...]) -> None:
+        kept = plan.kept(HEIGHT, WIDTH, 0.5)
+        seen["slots"] = ops.match(args[0], HEIGHT, WIDTH, kept=kept, sx=2, sy=2, seed=None)
+
+    block.register_forward_pre_hook(match)
+    block.attn2.register_forward_pre_hook(lambda _, args: (ops.merge(args[0], seen["slots"]), *args[1:]))
+    block.attn2.register_forward_hook(lambda _, args, result: ops.unmerge(result, seen["slots"]))
+
+
 @IP_MASKS
 @ORDER
 def test_image_masks_over_merged_cross_attention_are_refused_and_images_without_masks_are_served(place: int) -> None:
@@ -261,10 +293,25 @@ def test_image_masks_over_merged_cross_attention_are_refused_and_images_without_
     result, arguments = case.unet(place, merge_crossattn=True), case.arguments()
     with pytest.raises(TransformError, match=r"ip_adapter_masks was given to attn2, .*\(merge_crossattn=True\)"):
         output(result, arguments)
-    plain = output(merged(two_stages(), merge_crossattn=True), PLAIN.arguments())
-    assert relative_error(halved(result, case.arguments(IMAGES)), plain) > 1e-3
+    images, stock = case.arguments(IMAGES), case.unet()
+    ours = halved(result, images)
+    assert torch.equal(ours, output(hooked_across(stock), images))
+    assert relative_error(ours, output(hooked(stock), images)) > 1e-3
+    assert relative_error(ours, output(hooked_across(two_stages()), PLAIN.arguments())) > 1e-3
     set_ratio(result, 0)
-    assert torch.equal(output(result, arguments), output(case.unet(), arguments))
+    assert torch.equal(output(result, arguments), output(stock, arguments))
+
+
+@PAG
+def test_perturbed_attention_beside_classifier_free_guidance_makes_the_image_of_hooks() -> None:
+    guided = functools.partial(image, kind="StableDiffusionPAGPipeline", pag_scale=3)
+    result = merged(two_stages())
+    ours = guided(result)
+    assert torch.equal(ours, guided(hooked(two_stages())))
+    for other in (guided(two_stages()), guided(result, pag_scale=0), guided(result, guidance_scale=1)):
+        assert relative_error(ours, other) > 1e-3
+    kinds = {type(processor) for processor in result.attn_processors.values()}
+    assert kinds == {AttnProcessor2_0}  # the pipeline puts back what there was
 
 
 @PAG
@@ -334,17 +381,12 @@ def test_a_lora_is_trained_with_checkpointing_by_the_gradients_of_hooks(place: i
 
 @SAG
 def test_self_attention_guidance_makes_the_image_of_hooks_and_is_refused_where_the_mid_block_is_merged() -> None:
-    def image(unet: Any, scale: float = 2) -> Tensor:
-        call: dict[str, Any] = {"num_inference_steps": 2, "sag_scale": scale, "output_type": "latent"}
-        call |= {"prompt_embeds": random(1, 5, 16), "negative_prompt_embeds": random(1, 5, 16, seed=1)}
-        call |= {"latents": random(1, 4, HEIGHT, WIDTH), "height": 8 * HEIGHT, "width": 8 * WIDTH}
-        return pipeline(unet, "StableDiffusionSAGPipeline")(**call).images  # type: ignore[no-any-return]
-
-    ours = image(merged(two_stages()))
-    assert torch.equal(ours, image(hooked(two_stages())))
-    assert relative_error(ours, image(merged(two_stages()), scale=0)) > 1e-3
+    guided = functools.partial(image, kind="StableDiffusionSAGPipeline", sag_scale=2)
+    ours = guided(merged(two_stages()))
+    assert torch.equal(ours, guided(hooked(two_stages())))
+    assert relative_error(ours, guided(merged(two_stages()), sag_scale=0)) > 1e-3
     with pytest.raises(TransformError, match=r"CrossAttnStoreProcessor keeps .* in attn1, .*\(merge_attn=True\)"):
-        image(merged(sd15(), max_downsample=8))
+        guided(merged(sd15(), max_downsample=8))
 
 
 @given("Chunked feed-forward")
