@@ -8,6 +8,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import methodcaller as do
 from typing import Any
 
@@ -323,6 +324,42 @@ def test_perturbed_attention_is_refused_where_attention_is_proportional(place: i
         output(result, case.arguments())
     set_ratio(result, 0)
     assert torch.equal(output(result, case.arguments()), output(case.unet(), case.arguments()))
+
+
+@LORA
+@FUSED
+@pytest.mark.parametrize("loaded", [False, True], ids=["new", "loaded"])
+def test_the_lora_verbs_of_a_pipeline_act_on_a_transformed_unet_as_on_a_stock_one(loaded: bool) -> None:
+    ours, stock = pipeline(copy.deepcopy(two_stages())), pipeline(copy.deepcopy(two_stages()))
+    found: dict[str, Tensor] = {}
+
+    def step(name: str, *verbs: Callable[[Any], Any]) -> None:
+        for verb in verbs:
+            verb(ours)
+            verb(stock)
+        found[name] = output(hooked(stock.unet), PLAIN.arguments())
+        if name != "loaded" or not loaded:  # it is transformed after this step
+            assert torch.equal(output(ours.unet, PLAIN.arguments()), found[name]), name
+
+    ours.unet = ours.unet if loaded else merged(ours.unet)
+    step(
+        "loaded",
+        do("load_lora_weights", lora(1, 4, "unet."), adapter_name="one"),
+        do("load_lora_weights", lora(2, 2, "unet."), adapter_name="two"),
+    )
+    ours.unet = merged(ours.unet) if loaded else ours.unet
+    step("weighted", do("set_adapters", ["one", "two"], [0.7, -0.4]))
+    weight = ours.unet.mid_block.attentions[0].proj_in.base_layer.weight.clone()
+    step("fused", do("fuse_lora", lora_scale=0.5))
+    assert relative_error(ours.unet.mid_block.attentions[0].proj_in.weight, weight) > 1e-3
+    step("unfused", do("unfuse_lora"))
+    step("deleted", do("delete_adapters", "two"))
+    step("switched", do("set_adapters", "one", 0.9))
+    step("unloaded", do("unload_lora_weights"))
+    assert relative_error(found["unfused"], found.pop("fused")) < 1e-5  # diffusers leaves it at the scale of the fusing
+    for before, after in pairwise(found):
+        assert relative_error(found[after], found[before]) > 1e-3, after
+    assert relative_error(found["unloaded"], PLAIN.idle()) < 1e-5  # weights were fused into, and that taken out again
 
 
 @pytest.mark.gpu
