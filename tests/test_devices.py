@@ -159,22 +159,22 @@ def test_a_model_whose_hooks_were_removed_again_is_transformed_as_any(enable: En
 # ------------------------------------------------------------------------------------------------ settings of the model
 
 
+SETTINGS = [
+    pytest.param(lambda m: m.set_attention_slice("auto"), id="slice", marks=supports("Attention slicing", WORKS)),
+    pytest.param(lambda m: m.set_attention_slice(1), id="slice-1", marks=supports("Attention slicing", WORKS)),
+    pytest.param(
+        lambda m: m.to(memory_format=torch.channels_last), id="layout", marks=supports("channels_last", WORKS)
+    ),
+    pytest.param(
+        lambda m: m.fuse_qkv_projections(),
+        id="qkv",
+        marks=supports("Fused QKV projections", WORKS, group=ACCELERATORS),
+    ),
+]
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(lambda m: m.set_attention_slice("auto"), id="slice", marks=supports("Attention slicing", WORKS)),
-        pytest.param(lambda m: m.set_attention_slice(1), id="slice-1", marks=supports("Attention slicing", WORKS)),
-        pytest.param(
-            lambda m: m.to(memory_format=torch.channels_last), id="layout", marks=supports("channels_last", WORKS)
-        ),
-        pytest.param(
-            lambda m: m.fuse_qkv_projections(),
-            id="qkv",
-            marks=supports("Fused QKV projections", WORKS, group=ACCELERATORS),
-        ),
-    ],
-)
+@pytest.mark.parametrize("change", SETTINGS)
 def test_a_setting_of_the_model_acts_alike_before_and_after_the_transform(change: Enable, first: bool) -> None:
     model = own()
     if first:
@@ -219,11 +219,14 @@ def bitsandbytes(kind: str, model: nn.Module) -> None:
                 setattr(parent, name, layer.to("cpu"))
 
 
+TORCHAO = pytest.param(torchao, id="torchao", marks=supports("torchao", WORKS))
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize(
     "quantize",
     [
-        pytest.param(torchao, id="torchao", marks=supports("torchao", WORKS)),
+        TORCHAO,
         pytest.param(functools.partial(bitsandbytes, "4bit"), id="bnb-4bit", marks=supports("bitsandbytes", WORKS)),
         pytest.param(functools.partial(bitsandbytes, "8bit"), id="bnb-8bit", marks=supports("bitsandbytes", WORKS)),
     ],
@@ -444,18 +447,19 @@ BROADCAST = supports(
 SELF = functools.partial(broadcast, spatial_attention_block_skip_range=2)
 CROSS = functools.partial(broadcast, cross_attention_block_skip_range=2)
 SKIPPING = supports("Layer skipping", CONDITION, AFTER, ACCELERATORS)
-SKIPS = [
-    pytest.param(
-        functools.partial(skip, where=where, **options), id=f"{where.split('.')[0]}-{'-'.join(options)}", marks=SKIPPING
-    )
-    for where in (FIRST, MIDDLE)
-    for options in (
-        {},  # the whole block
-        {"skip_ff": False},
-        {"skip_attention": False},
-        {"skip_attention": False, "skip_attention_scores": True, "skip_ff": False},
-    )
-]
+
+
+def skips(*choices: dict[str, bool]) -> list[Any]:
+    """Each choice of what to skip, in a block that is merged and in one that is not."""
+    rows = [(where, options) for where in (FIRST, MIDDLE) for options in choices]
+    ids = [f"{where.split('.')[0]}-{'-'.join(options)}" for where, options in rows]
+    enables = [functools.partial(skip, where=where, **options) for where, options in rows]
+    return [pytest.param(enable, id=name, marks=SKIPPING) for enable, name in zip(enables, ids, strict=True)]
+
+
+SCORES = {"skip_attention": False, "skip_attention_scores": True, "skip_ff": False}
+PARTS = skips({"skip_ff": False}, {"skip_attention": False}, SCORES)
+SKIPS = [*skips({}), *PARTS]  # with no options: the whole block
 
 
 @BROADCAST
@@ -474,6 +478,21 @@ def test_what_keeps_or_skips_whole_tokens_does_so_as_in_the_stock_model(enable: 
     ours = steps(result)
     assert equal(ours, steps(stock))
     assert not equal(ours, steps(merged(two_stages())))
+
+
+# Not the whole block: Dynamo cannot trace how diffusers then looks for an argument, in the stock model either.
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("enable", [*SETTINGS, TORCHAO, pytest.param(CROSS, id="broadcast", marks=BROADCAST), *PARTS])
+def test_what_compiles_whole_in_the_stock_model_does_so_in_the_result(enable: Enable, counter: Any) -> None:
+    graphs = []
+    for model in (own(), merged(own())):
+        enable(model)
+        torch._dynamo.reset()  # no graph of one counts for the other
+        counter.clear()
+        compiled = steps(torch.compile(model, fullgraph=True, backend=counter), 2)
+        graphs.append(counter.frame_count)
+        assert equal(compiled, steps(model, 2))
+    assert graphs[0] == graphs[1] >= 1
 
 
 @pytest.mark.parametrize(
