@@ -50,6 +50,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--support", type=Path, help="write what the tests showed to be supported, as JSON")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Each worker of pytest-xdist has a table of its own, and the one that would be written is empty."""
+    if config.getoption("support") is not None and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--support writes what one process saw: leave -n out, or give -n 0")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for marker in item.iter_markers("supports"):

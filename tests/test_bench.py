@@ -1,6 +1,7 @@
 """The bench can tell: slow is shown slower, a graph break is counted, a broken variant is reported and not averaged."""
 
 import argparse
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
 import torch
 from models import relative_error
@@ -306,6 +308,28 @@ def test_the_support_table_names_tests_that_there_are() -> None:
         for name in row["tests"]:
             path, function = name.split("::")
             assert f"def {function}(" in (report.README.parent / path).read_text()
+
+
+def test_the_support_table_names_every_test_that_shows_a_feature(request: pytest.FixtureRequest) -> None:
+    features = measure.read(report.RESULTS / "support.json")["features"]
+    for item in request.session.items:  # of this run, which are all of them where CI runs
+        for marker in item.iter_markers("supports"):
+            group, feature, verdict, condition = (*marker.args, "")[:4]
+            row = {"group": group, "verdict": verdict, "condition": condition}
+            known = features.get(feature, {"tests": {}})
+            assert known | row == known, f"{feature}: record the table again"
+            assert item.nodeid.split("[")[0] in known["tests"], f"{feature}: record the table again"
+
+
+@pytest.mark.parametrize("processes", [None, 0, 2])
+def test_a_support_table_is_not_recorded_in_several_processes(
+    processes: int | None, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytestconfig.option, "support", Path("support.json"))
+    monkeypatch.setattr(pytestconfig.option, "numprocesses", processes, raising=False)
+    expected = pytest.raises(pytest.UsageError, match="leave -n out") if processes else contextlib.nullcontext()
+    with expected:
+        conftest.pytest_configure(pytestconfig)
 
 
 def test_a_feature_whose_test_failed_makes_no_table() -> None:
