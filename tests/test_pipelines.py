@@ -291,7 +291,7 @@ def test_a_saved_pipeline_is_the_plain_one_and_merges_again_when_transformed(nam
 
 @supports("pipe.to(dtype)", WORKS)
 @pytest.mark.parametrize("case", [CASES["text"], CASES["sdxl"]], ids=["text", "sdxl"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_a_pipeline_in_another_dtype_merges_in_it(first: bool, dtype: torch.dtype, case: Case) -> None:
     changes = (copy.deepcopy, hooked, copy.deepcopy if first else merged)
@@ -301,6 +301,22 @@ def test_a_pipeline_in_another_dtype_merges_in_it(first: bool, dtype: torch.dtyp
     ours = case.run(pipe)
     assert ours.dtype == dtype
     assert torch.equal(ours, case.run(hooks))
+    assert relative_error(ours, case.run(stock)) > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="another device than the CPU is needed")
+@supports("pipe.to(device)", WORKS)
+@pytest.mark.parametrize("case", [CASES["text"], CASES["sdxl"]], ids=["text", "sdxl"])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_a_pipeline_on_another_device_merges_there(first: bool, case: Case) -> None:
+    changes = (copy.deepcopy, hooked, copy.deepcopy if first else merged)
+    stock, hooks, pipe = (copy.deepcopy(case.pipeline(change)).to("cuda") for change in changes)
+    if first:
+        case.install(pipe, merged)
+    ours = case.run(pipe)
+    assert ours.is_cuda
+    assert relative_error(ours, case.run(hooks)) < 1e-4
     assert relative_error(ours, case.run(stock)) > 1e-3
 
 
