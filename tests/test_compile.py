@@ -275,7 +275,8 @@ if artifacts.exists():
     torch.compiler.load_cache_artifacts(artifacts.read_bytes())
 model = transform(one_block(), ratio=0.5)
 output(torch.compile(model, fullgraph=True), inputs(model, 16, 16))
-found = {name: count for name, count in counters["inductor"].items() if name.startswith("fxgraph_cache")}
+caches = {**counters["inductor"], **counters["aot_autograd"]}
+found = {name: count for name, count in caches.items() if name.endswith(("cache_hit", "cache_miss"))}
 if not artifacts.exists():
     artifacts.write_bytes(torch.compiler.save_cache_artifacts()[0])
 print(found)
@@ -291,7 +292,10 @@ def test_a_second_process_with_the_saved_artifacts_compiles_no_graph(tmp_path: P
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout.splitlines()[-1])
-    assert printed == ["{'fxgraph_cache_miss': 1}", "{'fxgraph_cache_hit': 1}"]
+    assert printed == [
+        "{'fxgraph_cache_miss': 1, 'autograd_cache_miss': 1}",
+        "{'fxgraph_cache_hit': 1, 'autograd_cache_hit': 1}",
+    ]
 
 
 CONTEXTS: list[Any] = [
@@ -362,6 +366,10 @@ def test_every_mode_gives_what_eager_gives_and_cuda_graphs_are_not_skipped(mode:
                 result = compiled(**arguments).sample.clone()
                 assert relative_error(result, model(**arguments).sample) < 1e-3
     assert counters["inductor"]["cudagraph_skips"] == 0
+    if mode != "default":
+        from torch._inductor.cudagraph_trees import get_container
+
+        assert get_container(0).tree_manager is not None, "no CUDA graph was recorded"
     assert not counters["graph_break"]
 
 
@@ -386,12 +394,31 @@ def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(dynamic_rati
     assert relative_error(compiled, eager) < 1e-5
 
 
+def transformer(**options: bool) -> tuple[Any, tuple[Tensor, Tensor]]:
+    """A transformed transformer alone, without the convolutions around it, which take long to compile; its inputs."""
+    (model,) = transformers(transform(one_block(), ratio=0.5, **options)).values()
+    generator = torch.Generator().manual_seed(0)
+    return model, (torch.randn(2, 32, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator))
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch's own, of its autotuning
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_the_modes_of_inductor_give_what_eager_gives(mode: str) -> None:
+    """Their CUDA graphs are for the test above, which needs a GPU."""
+    model, (image, prompt) = transformer()
+    compiled: Any = torch.compile(model, fullgraph=True, mode=mode)
+    with torch.no_grad(), fresh_cache():
+        for _ in range(2):
+            ours = compiled(image, encoder_hidden_states=prompt, return_dict=False)[0]
+            eager = model(image, encoder_hidden_states=prompt, return_dict=False)[0]
+            assert relative_error(ours, eager) < 1e-5
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("options", [{"dynamic_ratio": True}, {}], ids=["dynamic ratio", "dynamic sizes"])
 def test_a_kept_count_that_is_symbolic_trains_under_inductor(options: dict[str, bool]) -> None:
-    """A transformer alone, without the convolutions around it, which take long to compile."""
-    model = next(iter(transformers(transform(one_block(), ratio=0.5, **options)).values()))
+    model, (image, prompt) = transformer(**options)
     compiled = torch.compile(model, fullgraph=True, dynamic=None if options else True)
-    image, prompt = torch.randn(2, 32, 8, 8), torch.randn(2, 5, 16)
     gradients = []
     for run in (model, compiled):
         loss = run(image, encoder_hidden_states=prompt, return_dict=False)[0].square().mean()

@@ -9,7 +9,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from diffusers.models.controlnets import MultiControlNetModel
 from models import blocks, hooked, relative_error, transformers
 from torch import Tensor, nn
 
-from tome_fx import TransformError, transform
+from tome_fx import RatioSchedule, TransformError, transform
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
@@ -248,6 +248,26 @@ def test_a_compiled_pipeline_makes_the_same_of_as_many_graphs_as_the_stock_one(c
     (_, stock_graphs), (ours, graphs) = compiled(copy.deepcopy), compiled(merged)
     assert torch.equal(ours, case.run(case.pipeline(merged)))
     assert graphs == stock_graphs >= len(case.merged)
+
+
+CALLS = {name: inspect.signature(case.cls.__call__).parameters for name, case in CASES.items()}
+SCHEDULED = [name for name, parameters in CALLS.items() if "callback_on_step_end" in parameters]
+
+
+@pytest.mark.parametrize("case", cases(*SCHEDULED))
+def test_a_schedule_gives_each_step_of_any_pipeline_that_has_the_callback_its_ratio(case: Case) -> None:
+    pipe, seen = case.pipeline(merged), list[float]()
+    models = [m for name in case.merged for m in getattr(getattr(pipe, name), "nets", [getattr(pipe, name)])]
+    models[0].register_forward_pre_hook(lambda model, _: seen.append(model.tome_fx.plan.ratio))
+    schedule = RatioSchedule({0: 0.5, 0.5: 0.25}, *models)
+    steps = 8 if "strength" in case.call else 4  # of which about half are taken
+    call = {**case.call, "num_inference_steps": steps, "callback_on_step_end": schedule}
+    for _ in range(2):
+        replace(case, call=call).run(pipe)
+        assert len(seen) >= 3
+        assert seen == [0.5 if step < len(seen) / 2 else 0.25 for step in range(len(seen))]
+        seen.clear()
+    assert len(SCHEDULED) == 14
 
 
 @supports("from_pipe", WORKS)
