@@ -2,6 +2,7 @@
 reader reads what it has not seen, and what is committed is an ordinary pipeline of at most 40 MB that draws captions.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,24 @@ def test_the_reader_is_not_content_with_a_spoilt_image() -> None:
     images = draw(scenes, SIDE)
     noisy = images + 3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     assert judge.load().right(scenes, noisy).float().mean() < 0.5
+
+
+def test_shapes_are_counted_from_pixels() -> None:
+    scenes = numbered(HELD_OUT + 5000, 200)
+    wanted = torch.tensor([len(scene.things) for scene in scenes])
+    assert (judge.counts(draw(scenes, SIDE)) == wanted).float().mean() >= 0.99
+
+
+def test_a_shape_that_is_drawn_twice_is_counted_though_the_reader_lets_it_pass() -> None:
+    scenes = [scene for scene in numbered(HELD_OUT, 200) if len(scene.things) == 1]
+    twice = []
+    for scene in scenes:
+        (thing,) = scene.things
+        things = tuple(replace(thing, x=x, y=0.5, radius=0.18) for x in (0.25, 0.75))
+        twice.append(replace(scene, things=things))
+    images = draw(twice, SIDE)
+    assert (judge.load().right(scenes, images) & (judge.counts(images) == 1)).float().mean() < 0.1
+    assert judge.load().right(scenes, images).float().mean() > 0.9
 
 
 def test_training_that_is_stopped_ends_where_training_that_is_not_ends(tmp_path: Path) -> None:

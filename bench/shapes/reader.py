@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bench.shapes.scenes import THINGS, Scene
+from bench.shapes.scenes import COLOURS, THINGS, Scene
 
 WEIGHTS = Path(__file__).parent / "reader.safetensors"
 SIDE = 64  # pixels that it sees along a side
 CELLS = 8  # along a side of the map that it makes
+NEAR = 0.25  # of a shape's colour, as a distance in RGB from 0 to 1; the nearest ground is 0.35 away
+LEAST = 0.005  # share of an image that is no speck; the smallest shape covers four times as much
 
 
 class Reader(nn.Module):
@@ -76,6 +78,32 @@ class Reader(nn.Module):
             line = (down if scene.relation == "above" else across)[i, kinds]
             verdicts.append(set(kinds) == set(found[i].nonzero().flatten().tolist()) and bool((line.diff() > 0).all()))
         return torch.tensor(verdicts)
+
+
+def counts(images: Tensor) -> Tensor:
+    """How many shapes each image `[B, 3, H, W]` in -1 to 1 shows, from its pixels alone: ints `[B]`.
+
+    A shape is a connected patch of pixels near one of the palette's colours. Two shapes of one colour that touch count
+    as one.
+    """
+    palette = torch.tensor(list(COLOURS.values()))[..., None, None]
+    masks = torch.stack([(image - palette).norm(dim=1) < NEAR for image in images / 2 + 0.5])
+    pixels = masks[0, 0].numel()
+    label = masks * torch.arange(1, pixels + 1).view(masks.shape[-2:])
+    while not torch.equal(label, wider := _spread(_spread(label, -1), -2)):
+        label = wider
+    sizes = torch.zeros(*masks.shape[:2], pixels + 1).scatter_add(2, label.flatten(2), masks.flatten(2).float())
+    return (sizes > LEAST * pixels).sum((1, 2))
+
+
+def _spread(label: Tensor, dim: int) -> Tensor:
+    """The largest label of each unbroken run along a dimension; a label of 0 is a gap."""
+    for _ in range(2):  # there and back
+        # the number of gaps so far, put before the label, rises at each gap: a running maximum begins anew there
+        size = label[0, 0].numel() + 1
+        runs = (label == 0).long().cumsum(dim) * size + label
+        label = torch.where(label > 0, runs.cummax(dim).values % size, 0).flip(dim)
+    return label
 
 
 def load() -> Reader:
