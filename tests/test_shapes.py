@@ -2,6 +2,8 @@
 reader reads what it has not seen, and what is committed is an ordinary pipeline of at most 40 MB that draws captions.
 """
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +138,21 @@ def test_every_caption_fits_the_tokenizer_and_every_word_is_one_token(pipe: Stab
         words = scene.caption.replace(",", " ,").split()
         assert [token.removesuffix("</w>") for token in pipe.tokenizer.tokenize(scene.caption)] == words
         assert len(words) + 2 <= pipe.tokenizer.model_max_length
+
+
+def test_a_tokenizer_for_training_is_the_same_in_every_process_and_has_each_word_as_one_token() -> None:
+    program = (
+        "from bench.shapes.train import tokens, blank_pipeline; from diffusers import AutoencoderKL;"
+        "pipe = blank_pipeline(AutoencoderKL());"
+        "print(sorted(pipe.tokenizer.get_vocab().items()), tokens(pipe, ['a red circle above a blue square']).tolist())"
+    )
+    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in "ab"]
+    assert runs[0].stdout == runs[1].stdout != ""
+    captions = [scene.caption for scene in numbered(0, 1000)]
+    tokenizer = train.word_tokenizer([word for caption in captions for word in caption.split()])
+    for caption in captions[:200]:
+        words = caption.replace(",", " ,").split()
+        assert [token.removesuffix("</w>") for token in tokenizer.tokenize(caption)] == words
 
 
 def test_the_committed_pipeline_is_ordinary_small_and_fine() -> None:

@@ -7,6 +7,7 @@ run which was stopped trains what one which was not trains.
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -153,11 +155,39 @@ def train_vae(folder: Path, steps: int) -> AutoencoderKL:
     return vae
 
 
+def word_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
+    """CLIP's tokenizer with a vocabulary in which each word is one token, the same in every process.
+
+    A trained one is not: which of equally frequent pairs is merged first differs from process to process, and a run
+    that is resumed would then go on with other ids.
+
+    Args:
+        words: Of lower case; a comma may follow.
+    """
+    words = sorted({part for word in words for part in (word.rstrip(","), "," * word.endswith(",")) if part})
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges: list[tuple[str, str]] = []
+    for word in words:  # a merge comes after all earlier ones, so that it cannot take the words before this one apart
+        while len(parts := _merged([*word[:-1], word[-1] + "</w>"], merges)) > 1:
+            merges.append((parts[0], parts[1]))
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, *map("".join, merges)]))}
+    return CLIPTokenizer(vocabulary, merges)
+
+
+def _merged(parts: list[str], merges: Sequence[tuple[str, str]]) -> list[str]:
+    """What byte pair encoding makes of a word's parts: of all that can be merged, the earliest merge is done first."""
+    while pairs := set(pairwise(parts)) & set(merges):
+        first = min(pairs, key=merges.index)
+        at = list(pairwise(parts)).index(first)
+        parts = [*parts[:at], "".join(first), *parts[at + 2 :]]
+    return parts
+
+
 def blank_pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
     """The pipeline with its denoiser and text encoder untrained."""
     torch.manual_seed(0)
-    captions = sorted({word for one in numbered(0, 1000) for word in one.caption.replace(",", " ,").split()})
-    tokenizer = CLIPTokenizer().train_new_from_iterator([captions] * 100, vocab_size=400, show_progress=False)
+    tokenizer = word_tokenizer(sorted({word for one in numbered(0, 1000) for word in one.caption.split()}))
     tokenizer.model_max_length = TEXT_TOKENS
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
