@@ -15,13 +15,14 @@ from tome_fx.capture import merged_sites
 from tome_fx.plan import downsampled
 
 
-def grid(path: Path, columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str] = ()) -> None:
+def grid(path: Path, columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str] = (), inches: float = 1.4) -> None:
     """Write a PNG of images `[3, H, W]` from 0 to 1.
 
     Args:
         path: Where to.
         columns: The images of each column, under its title.
         rows: What to write at the left of each row.
+        inches: The side of an image.
     """
     import matplotlib as mpl  # only pictures need it
 
@@ -29,7 +30,9 @@ def grid(path: Path, columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str
     from matplotlib import pyplot as plt
 
     height = len(next(iter(columns.values())))
-    figure, axes = plt.subplots(height, len(columns), figsize=(1.4 * len(columns), 1.45 * height), squeeze=False)
+    figure, axes = plt.subplots(
+        height, len(columns), figsize=(inches * len(columns), (inches + 0.05) * height), squeeze=False
+    )
     for x, (title, images) in enumerate(columns.items()):
         for y, image in enumerate(images):
             axis = axes[y][x]
@@ -37,7 +40,7 @@ def grid(path: Path, columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             if y == 0:
-                axis.set_title(title, fontsize=8)
+                axis.set_title(textwrap.fill(title, 20, break_long_words=False), fontsize=8)
             if x == 0 and rows:
                 axis.set_ylabel(textwrap.fill(rows[y], 22, break_long_words=False), fontsize=7)
     figure.tight_layout(pad=0.3)
@@ -68,8 +71,11 @@ def merge_map(image: Tensor, slot: Tensor, height: int, width: int) -> Tensor:
     result = torch.where(merged, painted, image)
     label = F.interpolate(slot.double().view(1, 1, height, width), side)[0, 0]
     edge = torch.zeros(side, dtype=torch.bool)
-    edge[:, 1:] |= label[:, 1:] != label[:, :-1]
-    edge[1:] |= label[1:] != label[:-1]
+    across, down = label[:, 1:] != label[:, :-1], label[1:] != label[:-1]
+    for side_of in (edge[:, 1:], edge[:, :-1]):  # both sides, for a token that was merged with none has no line
+        side_of |= across
+    for side_of in (edge[1:], edge[:-1]):
+        side_of |= down
     return torch.where(edge & merged, 0.25 * result, result)
 
 
@@ -89,8 +95,9 @@ def merge_maps(path: Path, pipe: Any, prompt: str, *, steps: int, guidance: floa
         options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "latent"}
         latents = pipe(prompt, generator=generator, **options).images
         image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample[0].clamp(-1, 1) / 2 + 0.5
-    sites = {site.path: site for site in merged_sites(pipe.unet, transformed(pipe.unet)[1].plan)}
-    columns: dict[str, list[Tensor]] = {"image": [image] * len(sites)}
+    plan = transformed(pipe.unet)[1].plan
+    sites = {site.path: site for site in merged_sites(pipe.unet, plan)}
+    columns: dict[str, list[Tensor]] = {f"ratio {plan.ratio:g}": [image] * len(sites)}
     for step in sorted({0, steps // 2, steps - 1}):
         columns[f"step {step + 1} of {steps}"] = [
             merge_map(
@@ -98,7 +105,8 @@ def merge_maps(path: Path, pipe: Any, prompt: str, *, steps: int, guidance: floa
             )
             for where, calls in slots.items()
         ]
-    grid(path, columns, [where.replace(".transformer_blocks", "\n.transformer_blocks") for where in slots])
+    # a row's name is longer than a prompt's lines
+    grid(path, columns, [where.replace(".transformer_blocks", " .transformer_blocks") for where in slots], inches=1.9)
 
 
 @contextmanager
