@@ -98,6 +98,46 @@ def test_a_run_gives_every_variant_the_same_seeds_and_keeps_all_values(tmp_path:
     assert len(quality.table(document).splitlines()) == 2 + len(cases)
 
 
+def test_the_image_of_a_prompt_has_its_own_seed_whatever_the_batch(tmp_path: Path, monkeypatch: Any) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n" * 3)
+    for module in ("torchmetrics.image.lpip", "torchmetrics.multimodal.clip_score"):
+        monkeypatch.setitem(sys.modules, module, None)  # nothing is fetched
+    images = []
+    for batch in (1, 3):
+        options: dict[str, Any] = {"count": 3, "steps": 2, "guidance": 3.0, "prompts": prompts, "keep": 3}
+        _, kept = quality.run(str(shapes.PIPELINE), [Case()], batch=batch, path=tmp_path / f"{batch}.json", **options)
+        images.append(kept[Case()])
+    assert torch.allclose(images[0], images[1], atol=1e-4)
+    assert (images[0][0] - images[0][1]).abs().max() > 0.01
+    assert (images[0][1] - images[0][2]).abs().max() > 0.01
+
+
+def test_every_case_has_a_title_of_its_own() -> None:
+    cases = [Case(), Case("tome_fx", 0.5), Case("tome_fx", 0.25), Case("tome_fx", 0.5, "all")]
+    cases += [Case("tome_fx", 0.5, max_downsample=2), Case("tome_fx", 0.5, "all", 2)]
+    assert [case.title for case in cases[:2]] == ["stock, ratio 0", "tome_fx, ratio 0.5"]
+    assert cases[-1].title == "tome_fx, ratio 0.5, all, levels 2"
+    assert len({case.title for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (Case("todo", 0.5), "ratio must be 0.75 for todo, got 0.5"),
+        (Case("todo", 0.75, "all"), "scope must be attn for todo, got all"),
+        (Case("todo", 0.75, max_downsample=2), "max_downsample must be None for todo, got 2"),
+        (Case("tomesd", 0.5, max_downsample=2), "max_downsample must be None for tomesd, got 2"),
+        (Case("stock", 0.5), "ratio must be 0.0 for stock, got 0.5"),
+    ],
+)
+def test_an_option_that_a_variant_would_pass_over_is_refused(case: Case, message: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"count": 1, "steps": 1, "guidance": 3.0, "prompts": None, "path": tmp_path / "q.json"}
+    with pytest.raises(ValueError, match=message):
+        quality.run("shapes", [Case(), case], **options)
+    assert not (tmp_path / "q.json").exists()
+
+
 def test_rows_are_added_to_those_of_the_file_and_timed_in_turns(tmp_path: Path) -> None:
     path = tmp_path / "q.json"
     options: dict[str, Any] = {"steps": 1, "guidance": 3.0, "prompts": None, "path": path}
