@@ -207,10 +207,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, document: Mapping[str, Any]) -> None:
-    """Write JSON such that an interruption leaves the old file or the new one."""
+    """Write JSON such that an interruption leaves the old file or the new one.
+
+    Raises:
+        ValueError: There is a NaN or an infinity in it, which JSON does not have.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(document, indent=1) + "\n")
+    draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     draft.replace(path)
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist, fmean, median, stdev
@@ -125,11 +125,16 @@ def generate(
     return Images(latents.float().cpu(), (pixels.float().cpu() / 2 + 0.5).clamp(0, 1))
 
 
-def compare(images: Images, stock: Images) -> dict[str, list[float]]:
-    """How far each image is from the stock one: PSNR in dB, SSIM, and the latents' relative distance."""
-    peak, likeness = [], []
+def compare(images: Images, stock: Images) -> dict[str, list[float | None]]:
+    """How far each image is from the stock one: PSNR in dB, SSIM, and the latents' relative distance.
+
+    There is no PSNR, None, where nothing differs.
+    """
+    peak: list[float | None] = []
+    likeness: list[float | None] = []
     for mine, theirs in zip(images.pixels, stock.pixels, strict=True):
-        peak.append(float(peak_signal_noise_ratio(mine, theirs, data_range=1.0)))
+        same = torch.equal(mine, theirs)
+        peak.append(None if same else float(peak_signal_noise_ratio(mine, theirs, data_range=1.0)))
         likeness.append(float(_ssim(mine, theirs)))
     difference = (images.latents - stock.latents).flatten(1).norm(dim=1) / stock.latents.flatten(1).norm(dim=1)
     return {"psnr": peak, "ssim": likeness, "latent_error": difference.tolist()}
@@ -153,14 +158,20 @@ class Features(nn.Module):
 
 
 def _judge(scenes: Sequence[Scene]) -> Callable[[Images], dict[str, Any]]:
-    """What says of images whether each shows its scene's caption, and how far all are from real scenes, by Fréchet."""
+    """What says of images whether each shows its scene's caption, and how far all are from real scenes, by Fréchet.
+
+    `right`: the reader finds what the caption tells, in its order. `counted`: and nothing is drawn twice.
+    """
     reader = judge.load()
+    told = torch.tensor([len(scene.things) for scene in scenes])
     distance = FrechetInceptionDistance(Features(reader), reset_real_features=False)
     for first in range(0, REAL, 128):
         distance.update(draw(numbered(HELD_OUT + len(scenes) + first, 128), SIDE) / 2 + 0.5, real=True)
 
     def judged(images: Images) -> dict[str, Any]:
-        result: dict[str, Any] = {"right": reader.right(scenes, 2 * images.pixels - 1).float().tolist()}
+        right = reader.right(scenes, 2 * images.pixels - 1)
+        counted = right & (judge.counts(2 * images.pixels - 1) == told)
+        result: dict[str, Any] = {"right": right.float().tolist(), "counted": counted.float().tolist()}
         if len(scenes) > 1:  # of a single image there is no covariance
             distance.reset()
             distance.update(images.pixels, real=False)
@@ -254,18 +265,17 @@ def run(
     Cases that the file holds already stay in it, so that several calls can fill one table.
 
     Raises:
-        ValueError: A case has an option that its variant would pass over, or the file holds what was measured in another
-            setting or on another machine.
+        ValueError: A case has an option that its variant would pass over, or the file holds what was measured in
+            another setting or on another machine.
     """
     for case in cases:
         case.check()
     pipe, texts, scenes = load(pipeline, prompts, count)
     judged = _judge(scenes) if scenes else None
     document: dict[str, Any] = {
-        "schema": 1,
+        "schema": 2,
         "kind": "quality",
         "note": "The i-th image of every row is from seed i and prompt i.",
-        "argv": sys.argv[1:],
         "machine": measure.machine(),
         "pipeline": pipeline,
         "count": count,
@@ -274,6 +284,9 @@ def run(
         "prompts": texts,
     }
     document["rows"] = _earlier_rows(path, document, cases)
+    if judged:  # what the measures say of as many real images: the best that there is
+        pixels = draw(scenes, SIDE) / 2 + 0.5
+        document["real"] = judged(Images(pixels, pixels))
     stock: Images | None = None
     pictures = {}
     with tqdm(total=len(cases) * count, file=sys.stderr, leave=False) as bar:
@@ -288,10 +301,11 @@ def run(
                 bar.update(len(parts[-1].latents))
             images = Images(torch.cat([p.latents for p in parts]), torch.cat([p.pixels for p in parts]))
             stock = stock or images
-            row = {"case": asdict(case), **compare(images, stock)}
+            row = {"case": asdict(case), "argv": sys.argv[1:], **compare(images, stock)}
             row |= judged(images) if judged else perceived(images, stock, texts)
             document["rows"].append(row)
             document["rows"].sort(key=lambda row: row["case"]["variant"] != STOCK)  # stock first, whenever it was run
+            document["size"] = list(images.pixels.shape[-2:])
             pictures[case] = images.pixels[:keep]
             measure.write(path, document)
     return document, pictures
@@ -301,7 +315,7 @@ def _earlier_rows(path: Path, document: dict[str, Any], cases: Sequence[Case]) -
     if not path.exists():
         return []
     earlier = measure.read(path)
-    other = [name for name, value in document.items() if name != "argv" and earlier.get(name) != value]
+    other = [name for name, value in document.items() if earlier.get(name) != value]
     if other:
         raise ValueError(f"json: {path} holds results of another {', '.join(other)}; give another file")
     return [row for row in earlier["rows"] if Case(**row["case"]) not in cases]
@@ -340,49 +354,124 @@ def speedup(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float:
     return median(ratios)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean and its 95 % confidence interval: Wilson's for what is right or wrong, else the normal one."""
+def speed_range(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
+    """The speed-up of a row over stock among the rows, and the least and the greatest of a round."""
+    (stock,) = (other["ms"] for other in rows if other["case"]["variant"] == STOCK)
+    ratios = [slow / own for slow, own in zip(stock, row["ms"], strict=True)]
+    return speedup(row, rows), min(ratios), max(ratios)
+
+
+def interval(values: Sequence[float], *, yes_or_no: bool = False) -> tuple[float, float, float]:
+    """The mean and its 95 % confidence interval: the normal one, or Wilson's for what is 0 or 1."""
     mean, count, z = fmean(values), len(values), NormalDist().inv_cdf(0.975)
-    if set(values) <= {0.0, 1.0}:
+    if yes_or_no:
         middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
         half = z / (1 + z * z / count) * (mean * (1 - mean) / count + z * z / (4 * count * count)) ** 0.5
         return mean, middle - half, middle + half
-    half = z * stdev(values) / count**0.5 if count > 1 and math.isfinite(mean) else math.nan
+    half = z * stdev(values) / count**0.5 if count > 1 else math.nan
     return mean, mean - half, mean + half
 
 
+@dataclass(frozen=True)
+class Column:
+    """How a measure is shown.
+
+    Args:
+        head: What stands above it.
+        form: Of a number.
+        of_pair: Whether it compares with stock, for which it says nothing then.
+        yes_or_no: Whether it is 0 or 1 for an image.
+    """
+
+    head: str
+    form: str
+    of_pair: bool = True
+    yes_or_no: bool = False
+
+    def cell(self, values: list[float] | list[None] | str | None) -> str:
+        """The mean and its interval, why there is none, or nothing."""
+        if values is None or isinstance(values, str):
+            return values or ""
+        numbers = [value for value in values if value is not None]
+        if len(numbers) < len(values):  # an image like stock's has no PSNR, and the mean has none either
+            return ""
+        mean, low, high = map(self.form.format, interval(numbers, yes_or_no=self.yes_or_no))
+        return f"{mean} ({low} - {high})"
+
+
 COLUMNS = {
-    "psnr": ("PSNR, dB", "{:.1f}"),
-    "ssim": ("SSIM", "{:.3f}"),
-    "latent_error": ("latent error", "{:.3f}"),
-    "right": ("captions right", "{:.0%}"),
-    "lpips": ("LPIPS", "{:.3f}"),
-    "clip_score": ("CLIP score", "{:.1f}"),
+    "psnr": Column("PSNR, dB", "{:.1f}"),
+    "ssim": Column("SSIM", "{:.3f}"),
+    "latent_error": Column("latent error", "{:.3f}"),
+    "right": Column("captions right", "{:.0%}", of_pair=False, yes_or_no=True),
+    "counted": Column("count right", "{:.0%}", of_pair=False, yes_or_no=True),
+    "lpips": Column("LPIPS", "{:.3f}"),
+    "clip_score": Column("CLIP score", "{:.1f}", of_pair=False),
 }
 
 
 def table(document: dict[str, Any]) -> str:
-    """Means with their 95 % confidence intervals."""
-    present = [name for name in COLUMNS if name in document["rows"][0]]
+    """Means with their 95 % confidence intervals, and speed-ups with their range; real images first, where judged."""
+    rows = document["rows"]
+    present = [name for name in COLUMNS if name in rows[0]]
     lines = []
-    for row in document["rows"]:
-        case = Case(**row["case"])
-        exact = case.variant == STOCK
-        line = [f"`{case.variant}`", "" if exact else f"{case.ratio:g}", "" if exact else case.scope]
-        line.append(str(case.max_downsample or "finest") if not exact else "")
-        for name in present:
-            values, form = row[name], COLUMNS[name][1]
-            if exact and name not in ("right", "clip_score"):
-                line.append("")
-            elif isinstance(values, str):
-                line.append(values)
-            else:
-                mean, low, high = map(form.format, interval(values))
-                line.append(f"{mean} ({low} - {high})")
+    for row in rows if "real" not in document else [document["real"], *rows]:
+        case = Case(**row["case"]) if "case" in row else None
+        exact = case is None or case.variant == STOCK
+        line = ["real images" if case is None else f"`{case.variant}`"]
+        line += ["", "", ""] if case is None or exact else [f"{case.ratio:g}", case.scope, _levels(case)]
+        line += [COLUMNS[name].cell(None if exact and COLUMNS[name].of_pair else row[name]) for name in present]
         line.append(f"{row['frechet']:.2f}" if "frechet" in row else "")
-        lines.append([*line, f"{speedup(row, document['rows']):.2f}x" if "timed" in document and not exact else ""])
-    heads = ["variant", "ratio", "scope", "levels", *(COLUMNS[name][0] for name in present)]
-    heads += ["Fréchet distance", "speed-up"]
+        speed = speed_range(row, rows) if "timed" in document and not exact else None
+        lines.append([*line, "{:.2f}x ({:.2f} - {:.2f})".format(*speed) if speed else ""])
+    heads = ["variant", "ratio", "scope", "levels", *(COLUMNS[name].head for name in present)]
+    heads += ["Fréchet distance", "speed-up (range)"]
+    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+
+
+def _levels(case: Case) -> str:
+    return str(case.max_downsample or "finest")
+
+
+# what the two rows of a pair have that is not the same: the first minus the second is told
+QUESTIONS: tuple[tuple[str, dict[str, str], dict[str, str]], ...] = (
+    ("`tome_fx` - `tomesd`", {"variant": "tome_fx"}, {"variant": "tomesd"}),
+    ("`top-left` - `tome_fx`", {"variant": "top-left"}, {"variant": "tome_fx"}),
+    ("`each-step` - `tome_fx`", {"variant": "each-step"}, {"variant": "tome_fx"}),
+    ("`one-match` - `tome_fx`", {"variant": "one-match"}, {"variant": "tome_fx"}),
+    ("`prop_attn` - `tome_fx`", {"variant": "prop_attn"}, {"variant": "tome_fx"}),
+    ("attn+crossattn - attn", {"variant": "tome_fx", "scope": "attn+crossattn"}, {"scope": "attn"}),
+    ("all - attn", {"variant": "tome_fx", "scope": "all"}, {"scope": "attn"}),
+)
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of the first minus the second, image by image, and its 95 % confidence interval.
+
+    What an image owes to its prompt and seed is in both and falls out, so that it is far narrower than either's own.
+    """
+    return interval([a - b for a, b in zip(first, second, strict=True)])
+
+
+def differences(document: dict[str, Any]) -> str:
+    """A table of the paired differences in PSNR and latent error that `QUESTIONS` asks for, where both rows are there.
+
+    A difference whose interval holds 0 may be chance.
+    """
+    rows = {Case(**row["case"]): row for row in document["rows"]}
+    lines = []
+    for title, mine, theirs in QUESTIONS:
+        for case, row in rows.items():
+            other = rows.get(replace(case, **theirs))  # type: ignore[arg-type]
+            asked = all(getattr(case, name) == value for name, value in mine.items())
+            if not asked or other is None or None in row["psnr"] + other["psnr"]:
+                continue
+            line = [title, f"{case.ratio:g}", "" if "scope" in mine else case.scope, _levels(case)]
+            for name, form in (("psnr", "{:+.2f}"), ("latent_error", "{:+.3f}")):
+                mean, low, high = map(form.format, paired(row[name], other[name]))
+                line.append(f"{mean} ({low} to {high})")
+            lines.append(line)
+    heads = ["difference", "ratio", "scope", "levels", "PSNR, dB", "latent error"]
     return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
 
 

@@ -46,12 +46,18 @@ def _cold(document: dict[str, Any]) -> list[str]:
 
 
 def _quality(document: dict[str, Any]) -> list[str]:
+    timed = document["timed"]
     setting = (
         f"{document['count']} images of the pipeline {document['pipeline']}, {document['steps']} steps, guidance "
-        f"{document['guidance']:g}; means with 95 % confidence intervals. Speed-ups of an eager call of the UNet at "
-        f"{document['timed']['latents']} x {document['timed']['latents']} latents. {machine(document['machine'])}."
+        f"{document['guidance']:g}; means with 95 % confidence intervals. {machine(document['machine'])}. "
+        f"Speed-ups of an eager call of the UNet at {timed['latents']} x {timed['latents']} latents, the median over "
+        f"rounds and their range: `python -m bench {' '.join(timed['argv'])}`, commit {timed['machine']['commit']}."
     )
-    return [document["note"], setting, quality.table(document)]
+    pairs = (
+        "Differences between two rows, image by image, for prompts and seeds are the same: means with 95 % confidence "
+        "intervals. Where one holds 0, the rows may be alike."
+    )
+    return [document["note"], setting, quality.table(document), pairs, quality.differences(document)]
 
 
 def _support(document: dict[str, Any]) -> list[str]:
@@ -118,7 +124,9 @@ def plots(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
         if document["kind"] == "quality":
             figure, panel = plt.subplots(figsize=(5.5, 4))
             _draw_tradeoff(panel, document["rows"])
-            panel.set_xlabel("speed-up of a UNet call of {0} x {0} latents".format(document["timed"]["latents"]))
+            panel.set_xlabel("speed-up of an eager UNet call, {0} x {0} latents".format(document["timed"]["latents"]))
+            height, width = document["size"]
+            panel.set_ylabel(f"SSIM to stock's image, {width} x {height} px")
             figure.tight_layout()
             written.append(folder / f"{name}-speed.png")
             figure.savefig(written[-1], dpi=100)
@@ -182,9 +190,9 @@ def _draw_tradeoff(axes: Any, rows: list[dict[str, Any]]) -> None:
                 axes.annotate(f"{place[0]:g}", place[1:], textcoords="offset points", xytext=(5, 7 - 9 * i), fontsize=8)
     axes.plot([1], [1], "k*", label="stock")
     axes.set(
-        xlabel="speed-up of a UNet call over stock",
+        xlabel="speed-up of an eager UNet call",
         ylabel="SSIM to stock's image",
-        title="by what is merged, and ratio",
+        title="What merging costs in likeness and gains in speed",
     )
     axes.legend(fontsize=8)
 

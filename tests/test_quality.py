@@ -1,7 +1,7 @@
 """The measures of quality tell a spoilt image from a good one, and pictures show what they say."""
 
 import argparse
-import math
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from models import one_stage, sdxl
 from PIL import Image
 
 import tome_fx
-from bench import quality, report, shapes, variants, viz
+from bench import measure, quality, report, shapes, variants, viz
 from bench.quality import Case, Images
 from bench.shapes.scenes import HELD_OUT, SIDE, draw, numbered
 from tome_fx import ops
@@ -52,7 +52,9 @@ def test_every_measure_falls_the_more_an_image_is_spoilt() -> None:
     assert means["latent_error"] == sorted(means["latent_error"])
     assert means["right"][0] >= 0.98
     assert means["right"][2] < 0.5
-    assert rows[0]["psnr"] == [math.inf] * 64
+    assert rows[0]["psnr"] == [None] * 64
+    assert all(counted <= right for row in rows for counted, right in zip(row["counted"], row["right"], strict=True))
+    assert fmean(rows[0]["counted"]) >= 0.98
     assert max(rows[2]["psnr"]) < min(rows[1]["psnr"])
     distances = [row["frechet"] for row in rows]
     assert distances == sorted(distances)
@@ -63,9 +65,36 @@ def test_an_interval_holds_the_mean_and_narrows_with_the_count() -> None:
     half = 1.26517  # 1.95996 of the standard deviation over the root of the count
     assert quality.interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-4)
     wilson = (0.9, 0.596, 0.982)  # for 9 of 10
-    assert quality.interval([1.0] * 9 + [0.0]) == pytest.approx(wilson, abs=1e-3)
-    _, low, high = quality.interval([1.0] * 20)
+    assert quality.interval([1.0] * 9 + [0.0], yes_or_no=True) == pytest.approx(wilson, abs=1e-3)
+    _, low, high = quality.interval([1.0] * 20, yes_or_no=True)
     assert 0.8 < low < high <= 1.0
+    assert quality.interval([1.0] * 20) == (1.0, 1.0, 1.0)  # by what is asked for, not by the numbers
+
+
+def test_a_paired_difference_is_far_narrower_than_what_it_is_the_difference_of() -> None:
+    theirs = [float(10 * i) for i in range(8)]
+    mine = [value + 1 + (-1) ** i / 10 for i, value in enumerate(theirs)]
+    mean, low, high = quality.paired(mine, theirs)
+    assert mean == pytest.approx(1)
+    assert 0.9 < low < mean < high < 1.1
+    assert quality.paired(theirs, mine)[0] == pytest.approx(-1)
+
+
+def test_differences_are_told_where_both_rows_are_there() -> None:
+    cases = [Case(), Case("tome_fx", 0.5), Case("tomesd", 0.5), Case("tome_fx", 0.25), Case("tome_fx", 0.5, "all")]
+    cases += [Case("tome_fx", 0.5, max_downsample=2), Case("one-match", 0.5, max_downsample=2)]
+    rows = [
+        {"case": asdict(case), "psnr": [30.0 + i, 20.0 + i] if i else [None] * 2, "latent_error": [0.1 * i, 0.1 * i]}
+        for i, case in enumerate(cases)
+    ]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in quality.differences({"rows": rows}).split("\n")
+    ]
+    assert lines[2:] == [
+        ["`tome_fx` - `tomesd`", "0.5", "attn", "finest", "-1.00 (-1.00 to -1.00)", "-0.100 (-0.100 to -0.100)"],
+        ["`one-match` - `tome_fx`", "0.5", "attn", "2", "+1.00 (+1.00 to +1.00)", "+0.100 (+0.100 to +0.100)"],
+        ["all - attn", "0.5", "", "finest", "+3.00 (+3.00 to +3.00)", "+0.300 (+0.300 to +0.300)"],
+    ]
 
 
 def test_prompts_are_read_from_lines_or_from_the_column_of_a_tsv(tmp_path: Path) -> None:
@@ -95,7 +124,15 @@ def test_a_run_gives_every_variant_the_same_seeds_and_keeps_all_values(tmp_path:
     assert len({tuple(row["latent_error"]) for row in document["rows"]}) == 5
     assert fmean(rows["prop_attn0.5"]["latent_error"]) < fmean(rows["tome_fx0.5"]["latent_error"])
     assert [images.shape for images in kept.values()] == [(1, 3, SIDE, SIDE)] * 6
-    assert len(quality.table(document).splitlines()) == 2 + len(cases)
+    assert all(row["argv"] == sys.argv[1:] for row in document["rows"])
+    assert document["real"].keys() == {"right", "counted", "frechet"}
+    lines = quality.table(document).splitlines()
+    assert len(lines) == 3 + len(cases)
+    assert [lines[0].count(head) for head in ("captions right", "count right", "Fréchet")] == [1, 1, 1]
+    assert [cell.strip() for cell in lines[3].split("|")[1:8]] == ["`stock`", "", "", "", "", "", ""]
+    text = (tmp_path / "q.json").read_text()
+    assert "Infinity" not in text
+    assert json.loads(text, parse_constant=pytest.fail) == document
 
 
 def test_the_image_of_a_prompt_has_its_own_seed_whatever_the_batch(tmp_path: Path, monkeypatch: Any) -> None:
@@ -148,6 +185,10 @@ def test_rows_are_added_to_those_of_the_file_and_timed_in_turns(tmp_path: Path) 
     assert [len(row.pop("ms")) for row in document["rows"]] == [2, 2, 2]
     assert document["rows"] == first["rows"]
     assert document["timed"]["latents"] == 16
+    told = "\n".join(report._quality(measure.read(path)))
+    assert f"`python -m bench {' '.join(document['timed']['argv'])}`, commit " in told
+    (drawn,) = report.plots({"quality": measure.read(path)}, tmp_path)
+    assert drawn.exists()
     with pytest.raises(ValueError, match=r"q.json holds results of another count, prompts; give another file"):
         quality.run("shapes", [Case()], count=2, **options)
 
@@ -158,6 +199,7 @@ def test_a_speed_up_is_the_median_over_rounds() -> None:
         {"case": {"variant": "todo"}, "ms": [1.0, 2.0, 4.0]},
     ]
     assert quality.speedup(rows[1], rows) == 2
+    assert quality.speed_range(rows[1], rows) == (2, 1, 3)
 
 
 def test_quality_over_speed_up_is_drawn_for_each_scope(tmp_path: Path) -> None:
