@@ -83,13 +83,21 @@ def sample_first(unet: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class AsUNet(nn.Module):
-    """Lets a pipeline call a variant, whatever it is, where it expects a UNet."""
+    """Lets a pipeline call a variant, whatever it is, where it expects a UNet; what else it reads is the UNet's own."""
 
     def __init__(self, call: Callable[..., Any], unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.call = call
-        self.config = unet.config
-        self.dtype, self.device = unet.dtype, unet.device
+        self.unet = unet
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not found here is looked for in the UNet: SDXL's pipeline reads its `add_embedding`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "unet":  # not there yet, or there is no end to it
+                raise
+            return getattr(self.unet, name)
 
     def forward(self, sample: Tensor, timestep: Tensor, **kwargs: Any) -> Any:
         """What a pipeline gives by position, the variant is given by name."""
