@@ -51,33 +51,42 @@ def run(images: int, steps: int, rounds: int, path: Path) -> dict[str, Any]:
         "kind": "demo",
         "note": NOTE,
         "argv": sys.argv[1:],
-        "machine": measure.machine(),
+        "machine": measure.machine("cpu"),
         "cell": {"model": "shapes", "side": SIDE, "images": images, "steps": steps, "ratio": Setting().ratio},
         "rows": measure.as_json(rows),
         "ratios": RATIOS,
     }
     measure.write(path, document)
     with torch.no_grad():
-        pixels = {name: pipe.vae.decode(calls[name]() / pipe.vae.config.scaling_factor).sample for name in PICTURED}
-    columns = {name: list(p.clamp(-1, 1) / 2 + 0.5) for name, p in pixels.items() if not rows[name].error}
-    viz.grid(path.with_suffix(".png"), columns, prompts)
+        done = [name for name in PICTURED if not rows[name].error]  # one that failed would fail again
+        pixels = {name: pipe.vae.decode(calls[name]() / pipe.vae.config.scaling_factor).sample for name in done}
+    columns = {_title(name): list(p.clamp(-1, 1) / 2 + 0.5) for name, p in pixels.items()}
+    if columns:
+        viz.grid(path.with_suffix(".png"), columns, prompts)
     document["sweeps"] = {name: sweep(name, unet) for name in ROWS if "compile" in name and VARIANTS[name].merges}
     measure.write(path, document)
     return document
+
+
+def _title(name: str) -> str:
+    return f"{name}, ratio {Setting().ratio if VARIANTS[name].merges else 0:g}"
 
 
 def denoising(pipe: StableDiffusionPipeline, unet: AsUNet, prompts: Sequence[str], steps: int) -> Callable[[], Tensor]:
     """A call that makes the latents of an image for each prompt."""
 
     def call() -> Tensor:
-        pipe.unet = unet
-        latents: Tensor = pipe(
-            list(prompts),
-            num_inference_steps=steps,
-            guidance_scale=shapes.GUIDANCE,
-            generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
-            output_type="latent",
-        ).images
+        own, pipe.unet = pipe.unet, unet
+        try:
+            latents: Tensor = pipe(
+                list(prompts),
+                num_inference_steps=steps,
+                guidance_scale=shapes.GUIDANCE,
+                generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
+                output_type="latent",
+            ).images
+        finally:
+            pipe.unet = own
         return latents
 
     return call

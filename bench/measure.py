@@ -176,11 +176,12 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"[:300]
 
 
-def machine() -> dict[str, Any]:
-    """What a number was measured on and with."""
+def machine(device: str = "cuda") -> dict[str, Any]:
+    """What a number was measured on and with; a GPU, if there is one, unless the device is the CPU."""
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     memory = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "0")
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    used = device.startswith("cuda") and torch.cuda.is_available()
+    gpu = torch.cuda.get_device_properties(torch.device(device)) if used else None
     packages = ("torch", "diffusers", "tomesd")
     return {
         "cpu": cpu or platform.processor(),

@@ -15,7 +15,7 @@ import torch
 from models import relative_error
 from torch import Tensor
 
-from bench import cold, demo, latency, measure, models, report, tables, variants
+from bench import cold, demo, latency, measure, models, report, shapes, tables, variants
 from bench.cells import Cell, suite
 from tome_fx.capture import share
 
@@ -281,6 +281,26 @@ def test_markers_that_are_missing_are_named() -> None:
 def test_the_demo_counts_compiles_of_a_sweep() -> None:
     first, again = demo.sweep("tome_fx+compile", models.build("tiny"))
     assert (first, again) == (len(demo.RATIOS), 0)
+
+
+def test_the_demo_pictures_no_variant_that_failed_and_puts_the_unet_back(tmp_path: Path, monkeypatch: Any) -> None:
+    pipe = shapes.pipeline()
+    own, prepare = pipe.unet, variants.prepare
+    columns: dict[str, Any] = {}
+
+    def eager(name: str, unet: Any, setting: variants.Setting) -> Any:
+        if name.startswith("tomesd"):
+            raise RuntimeError("no such variant")
+        return prepare("tome_fx" if name.startswith("tome_fx") else "sdpa", unet, setting)
+
+    monkeypatch.setattr(shapes, "pipeline", lambda: pipe)
+    monkeypatch.setattr(demo, "prepare", eager)
+    monkeypatch.setattr(demo, "sweep", lambda name, unet: (0, 0))
+    monkeypatch.setattr(demo.viz, "grid", lambda path, images, rows: columns.update(images))
+    document = demo.run(1, 1, 1, tmp_path / "demo.json")
+    assert list(columns) == ["compile, ratio 0", "tome_fx+compile, ratio 0.5"]
+    assert document["rows"]["tomesd+compile"]["error"] == "RuntimeError: no such variant"
+    assert pipe.unet is own
 
 
 def test_only_a_file_with_every_step_of_the_waterfall_makes_a_plot(tmp_path: Path) -> None:
