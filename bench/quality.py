@@ -181,30 +181,36 @@ def _judge(scenes: Sequence[Scene]) -> Callable[[Images], dict[str, Any]]:
     return judged
 
 
-def perceived(images: Images, stock: Images, prompts: Sequence[str]) -> dict[str, Any]:
-    """LPIPS and CLIP score where torchmetrics and their weights are at hand, else why they are not."""
+def _perceive(prompts: Sequence[str]) -> Callable[[Images, Images], dict[str, Any]]:
+    """LPIPS and CLIP score where torchmetrics and their weights are at hand, else why they are not; each built once."""
 
-    def lpips() -> list[float]:
+    def lpips() -> Callable[[Images, Images], list[float]]:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-        pairs = zip(images.pixels, stock.pixels, strict=True)
-        return [float(metric(mine[None], theirs[None])) for mine, theirs in pairs]
+        return lambda images, stock: [
+            float(metric(mine[None], theirs[None])) for mine, theirs in zip(images.pixels, stock.pixels, strict=True)
+        ]
 
-    def clip_score() -> list[float]:
+    def clip_score() -> Callable[[Images, Images], list[float]]:
         from torchmetrics.multimodal.clip_score import CLIPScore
 
         metric: Any = CLIPScore("openai/clip-vit-base-patch16")
-        pairs = zip(images.pixels, prompts, strict=True)
-        return [float(metric((255 * pixels).byte(), prompt)) for pixels, prompt in pairs]
+        return lambda images, stock: [
+            float(metric((255 * mine).byte(), prompt)) for mine, prompt in zip(images.pixels, prompts, strict=True)
+        ]
 
-    result: dict[str, Any] = {}
-    for score in (lpips, clip_score):
+    scores: dict[str, Callable[[Images, Images], list[float]] | str] = {}
+    for build in (lpips, clip_score):
         try:
-            result[score.__name__] = score()
+            scores[build.__name__] = build()
         except Exception as error:  # a package, its weights or the network is missing, each in its own way
-            result[score.__name__] = f"not measured: {measure.reason(error)}"
-    return result
+            scores[build.__name__] = f"not measured: {measure.reason(error)}"
+
+    def perceived(images: Images, stock: Images) -> dict[str, Any]:
+        return {name: score if isinstance(score, str) else score(images, stock) for name, score in scores.items()}
+
+    return perceived
 
 
 def read_prompts(path: Path, count: int) -> list[str]:
@@ -272,6 +278,7 @@ def run(
         case.check()
     pipe, texts, scenes = load(pipeline, prompts, count)
     judged = _judge(scenes) if scenes else None
+    perceived = _perceive(texts) if not scenes else None
     document: dict[str, Any] = {
         "schema": 2,
         "kind": "quality",
@@ -302,7 +309,8 @@ def run(
             images = Images(torch.cat([p.latents for p in parts]), torch.cat([p.pixels for p in parts]))
             stock = stock or images
             row = {"case": asdict(case), "argv": sys.argv[1:], **compare(images, stock)}
-            row |= judged(images) if judged else perceived(images, stock, texts)
+            row |= judged(images) if judged else {}
+            row |= perceived(images, stock) if perceived else {}
             document["rows"].append(row)
             document["rows"].sort(key=lambda row: row["case"]["variant"] != STOCK)  # stock first, whenever it was run
             document["size"] = list(images.pixels.shape[-2:])

@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib as mpl
@@ -15,6 +16,7 @@ from matplotlib import pyplot as plt
 from models import inputs as model_inputs
 from models import one_stage, sdxl
 from PIL import Image
+from torch import Tensor
 
 import tome_fx
 from bench import measure, quality, report, shapes, variants, viz
@@ -228,6 +230,47 @@ def test_another_pipeline_needs_prompts_and_is_told_what_cannot_be_measured(tmp_
     assert row["lpips"].startswith("not measured: ModuleNotFoundError: ")
     assert row["clip_score"].startswith("not measured: ModuleNotFoundError: ")
     assert "not measured" in quality.table(document)
+
+
+def test_metrics_of_perception_are_built_once_and_see_each_image(monkeypatch: Any) -> None:
+    built = []
+
+    class Metric:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            built.append(self)
+
+        def __call__(self, mine: Tensor, other: Any) -> Tensor:
+            return mine.float().mean() + len(other)
+
+    names = {
+        "torchmetrics.image.lpip": "LearnedPerceptualImagePatchSimilarity",
+        "torchmetrics.multimodal.clip_score": "CLIPScore",
+    }
+    for module, name in names.items():
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: Metric}))
+    images = Images(torch.zeros(2, 1, 1, 1), torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4))
+    perceived = quality._perceive(["a", "abc"])
+    for _ in range(2):
+        assert perceived(images, images) == {"lpips": [1.0, 2.0], "clip_score": [1.0, 258.0]}
+    assert len(built) == 2
+
+
+def test_a_pipeline_of_sdxl_finds_in_a_variant_what_it_reads_of_its_unet() -> None:
+    unet = sdxl()
+    variant = variants.AsUNet(lambda **inputs: inputs, unet)
+    assert variant.add_embedding is unet.add_embedding
+    assert (variant.config, variant.dtype, variant.device) == (unet.config, unet.dtype, unet.device)
+    assert variant(1, 2, c=3) == {"sample": 1, "timestep": 2, "c": 3}
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = variant.no_such_thing
+
+
+def test_a_run_on_the_cpu_names_no_gpu(monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="a GPU"))
+    monkeypatch.setattr(measure, "_output", lambda *command: "something")
+    assert measure.machine("cpu")["gpu"] is None
+    assert measure.machine("cuda")["gpu"] == "a GPU"
 
 
 def test_one_match_leaves_one_match_for_stacked_blocks() -> None:
