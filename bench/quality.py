@@ -5,7 +5,7 @@ import csv
 import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import tome_fx
 from bench import measure, shapes, variants, viz
+from bench.latency import DTYPES
 from bench.shapes import reader as judge
 from bench.shapes.reader import Reader
 from bench.shapes.scenes import HELD_OUT, SIDE, Scene, draw, numbered
@@ -106,9 +107,20 @@ class Images:
 
 @torch.no_grad()
 def generate(
-    pipe: Any, call: Callable[..., Any], prompts: Sequence[str], steps: int, guidance: float, *, first_seed: int = 0
+    pipe: Any,
+    call: Callable[..., Any],
+    prompts: Sequence[str],
+    steps: int,
+    guidance: float,
+    *,
+    first_seed: int = 0,
+    size: Mapping[str, int] | None = None,
 ) -> Images:
-    """An image for each prompt, the i-th from seed `first_seed + i`."""
+    """An image for each prompt, the i-th from seed `first_seed + i`, of the pipeline's own size or of `size`.
+
+    Raises:
+        ValueError: An image is not finite.
+    """
     unet = pipe.unet
     pipe.unet = AsUNet(call, unet)
     try:
@@ -118,10 +130,13 @@ def generate(
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(first_seed + i) for i in range(len(prompts))],
             output_type="latent",
+            **(size or {}),
         ).images
     finally:
         pipe.unet = unet
-    pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    pixels = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+    if not pixels.isfinite().all():
+        raise ValueError(f"an image is not finite: try another dtype than {unet.dtype}")
     return Images(latents.float().cpu(), (pixels.float().cpu() / 2 + 0.5).clamp(0, 1))
 
 
@@ -230,7 +245,9 @@ def read_prompts(path: Path, count: int) -> list[str]:
     return lines[:count]
 
 
-def load(pipeline: str, prompts: Path | None, count: int) -> tuple[Any, list[str], list[Scene]]:
+def load(
+    pipeline: str, prompts: Path | None, count: int, device: str = "cpu", dtype: str = "fp32"
+) -> tuple[Any, list[str], list[Scene]]:
     """The pipeline, so many prompts, and the scenes that they are captions of, if they are.
 
     Raises:
@@ -241,15 +258,17 @@ def load(pipeline: str, prompts: Path | None, count: int) -> tuple[Any, list[str
     ours = pipeline == "shapes"
     if not ours and prompts is None:
         raise ValueError("prompts must be a file of prompts, for any pipeline but shapes; got none")
-    pipe = _open(pipeline)
+    pipe = _open(pipeline, device, dtype)
     if prompts is not None:
         return pipe, read_prompts(prompts, count), []
     scenes = numbered(HELD_OUT, count)
     return pipe, [scene.caption for scene in scenes], scenes
 
 
-def _open(pipeline: str) -> Any:
+def _open(pipeline: str, device: str, dtype: str) -> Any:
     pipe = shapes.pipeline() if pipeline == "shapes" else DiffusionPipeline.from_pretrained(pipeline)
+    pipe.to(device, DTYPES[dtype])
+    pipe.vae.float()  # SDXL's overflows in half precision
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -265,6 +284,9 @@ def run(
     path: Path,
     batch: int = 16,
     keep: int = 0,
+    device: str = "cpu",
+    dtype: str = "fp32",
+    size: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, Any], dict[Case, Tensor]]:
     """Generate and judge, case by case, writing the JSON after each; returns it and the first `keep` images of each.
 
@@ -276,14 +298,16 @@ def run(
     """
     for case in cases:
         case.check()
-    pipe, texts, scenes = load(pipeline, prompts, count)
+    pipe, texts, scenes = load(pipeline, prompts, count, device, dtype)
     judged = _judge(scenes) if scenes else None
     perceived = _perceive(texts) if not scenes else None
     document: dict[str, Any] = {
         "schema": 2,
         "kind": "quality",
         "note": "The i-th image of every row is from seed i and prompt i.",
-        "machine": measure.machine(),
+        "machine": measure.machine(device),
+        "device": device,
+        "dtype": dtype,
         "pipeline": pipeline,
         "count": count,
         "steps": steps,
@@ -291,6 +315,8 @@ def run(
         "prompts": texts,
     }
     document["rows"] = _earlier_rows(path, document, cases)
+    if document["rows"]:
+        document["size"] = measure.read(path)["size"]
     if judged:  # what the measures say of as many real images: the best that there is
         pixels = draw(scenes, SIDE) / 2 + 0.5
         document["real"] = judged(Images(pixels, pixels))
@@ -304,7 +330,7 @@ def run(
             parts = []
             for first in range(0, count, batch):
                 some = texts[first : first + batch]
-                parts.append(generate(pipe, call, some, steps, guidance, first_seed=first))
+                parts.append(generate(pipe, call, some, steps, guidance, first_seed=first, size=size))
                 bar.update(len(parts[-1].latents))
             images = Images(torch.cat([p.latents for p in parts]), torch.cat([p.pixels for p in parts]))
             stock = stock or images
@@ -313,7 +339,8 @@ def run(
             row |= perceived(images, stock) if perceived else {}
             document["rows"].append(row)
             document["rows"].sort(key=lambda row: row["case"]["variant"] != STOCK)  # stock first, whenever it was run
-            document["size"] = list(images.pixels.shape[-2:])
+            if document.setdefault("size", list(images.pixels.shape[-2:])) != list(images.pixels.shape[-2:]):
+                raise ValueError(f"json: {path} holds images of another size; give another file")
             pictures[case] = images.pixels[:keep]
             measure.write(path, document)
     return document, pictures
@@ -329,17 +356,19 @@ def _earlier_rows(path: Path, document: dict[str, Any], cases: Sequence[Case]) -
     return [row for row in earlier["rows"] if Case(**row["case"]) not in cases]
 
 
-def add_times(path: Path, side: int, rounds: int) -> dict[str, Any]:
+def add_times(path: Path, side: int, rounds: int, device: str = "cpu", dtype: str = "fp32") -> dict[str, Any]:
     """Time an eager call of the UNet, an image under guidance, for every row of the file; the rows take turns.
 
     Args:
         path: The file, to which the times are added; stock must be among its rows.
         side: Latents along a side. Images may be made at a size where merging saves little and timed at a larger one.
         rounds: Calls of each.
+        device: Which need not be the one that the images were made on.
+        dtype: A key of `DTYPES`.
     """
     document = measure.read(path)
-    pipe = _open(document["pipeline"])
-    given = example_inputs(pipe.unet, side, side)
+    pipe = _open(document["pipeline"], device, dtype)
+    given = example_inputs(pipe.unet, side, side, device=device, dtype=DTYPES[dtype])
     cases = [Case(**row["case"]) for row in document["rows"]]
 
     def make(case: Case) -> Callable[[], Tensor]:
@@ -347,8 +376,9 @@ def add_times(path: Path, side: int, rounds: int) -> dict[str, Any]:
         return lambda: call(**given).sample
 
     runs = {str(case): partial(make, case) for case in cases}
-    timed = measure.compare(runs, exact=None, rounds=rounds, device="cpu", title="speed")
-    document["timed"] = {"latents": side, "argv": sys.argv[1:], "machine": measure.machine()}
+    timed = measure.compare(runs, exact=None, rounds=rounds, device=device, title="speed")
+    document["timed"] = {"latents": side, "device": device, "dtype": dtype}
+    document["timed"] |= {"argv": sys.argv[1:], "machine": measure.machine(device)}
     for row, case in zip(document["rows"], cases, strict=True):
         row["ms"] = timed[str(case)].samples_ms
     measure.write(path, document)
@@ -496,6 +526,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=96, help="images of each row")
     parser.add_argument("--steps", type=int, default=12, help="denoising steps of an image")
     parser.add_argument("--guidance", type=float, default=shapes.GUIDANCE, help="scale of the classifier-free guidance")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, of the images, the times and the map")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of all but the VAE, which is fp32")
+    parser.add_argument("--batch", type=int, default=16, help="images that are made at once")
+    parser.add_argument("--height", type=int, help="of an image in pixels, the pipeline's own if not given")
+    parser.add_argument("--width", type=int, help="likewise")
     parser.add_argument("--json", type=Path, default=Path("out/quality.json"), help="rows are added to those it holds")
     parser.add_argument("--grid", type=Path, help="a PNG of the first four prompts' images of each row")
     parser.add_argument(
@@ -507,7 +542,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def write_map(arguments: argparse.Namespace) -> None:
     """What `--map` asks for."""
     a = arguments
-    pipe, texts, _ = load(a.pipeline, a.prompts, 1)
+    pipe, texts, _ = load(a.pipeline, a.prompts, 1, a.device, a.dtype)
     case = Case("tome_fx", a.ratio[0], a.scope[0], a.max_downsample)
     pipe.unet = VARIANTS["tome_fx"](pipe.unet, case, a.steps)
     viz.merge_maps(a.map, pipe, texts[0], steps=a.steps, guidance=a.guidance)
@@ -523,7 +558,7 @@ def main(arguments: argparse.Namespace) -> None:
         write_map(a)
         return
     if a.time:
-        print(table(add_times(a.json, a.time, rounds=ROUNDS)))
+        print(table(add_times(a.json, a.time, ROUNDS, a.device, a.dtype)))
         return
     document, pictures = run(
         a.pipeline,
@@ -533,7 +568,11 @@ def main(arguments: argparse.Namespace) -> None:
         guidance=a.guidance,
         prompts=a.prompts,
         path=a.json,
+        batch=a.batch,
         keep=4,
+        device=a.device,
+        dtype=a.dtype,
+        size={name: value for name in ("height", "width") if (value := getattr(a, name))},
     )
     if a.grid:
         viz.grid(a.grid, {case.title: list(images) for case, images in pictures.items()}, document["prompts"][:4])

@@ -15,7 +15,7 @@ import torch
 from models import relative_error
 from torch import Tensor
 
-from bench import cold, demo, latency, measure, models, report, shapes, tables, variants
+from bench import cold, demo, latency, measure, models, report, shapes, tables, variants, viz
 from bench.cells import Cell, suite
 from tome_fx.capture import share
 
@@ -296,7 +296,7 @@ def test_the_demo_pictures_no_variant_that_failed_and_puts_the_unet_back(tmp_pat
     monkeypatch.setattr(shapes, "pipeline", lambda: pipe)
     monkeypatch.setattr(demo, "prepare", eager)
     monkeypatch.setattr(demo, "sweep", lambda name, unet: (0, 0))
-    monkeypatch.setattr(demo.viz, "grid", lambda path, images, rows: columns.update(images))
+    monkeypatch.setattr(viz, "grid", lambda path, images, rows: columns.update(images))
     document = demo.run(1, 1, 1, tmp_path / "demo.json")
     assert list(columns) == ["compile, ratio 0", "tome_fx+compile, ratio 0.5"]
     assert document["rows"]["tomesd+compile"]["error"] == "RuntimeError: no such variant"

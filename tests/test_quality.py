@@ -191,6 +191,8 @@ def test_rows_are_added_to_those_of_the_file_and_timed_in_turns(tmp_path: Path) 
     assert f"`python -m bench {' '.join(document['timed']['argv'])}`, commit " in told
     (drawn,) = report.plots({"quality": measure.read(path)}, tmp_path)
     assert drawn.exists()
+    with pytest.raises(ValueError, match=r"q.json holds images of another size; give another file"):
+        quality.run("shapes", [Case()], count=1, size={"height": 64, "width": 64}, **options)
     with pytest.raises(ValueError, match=r"q.json holds results of another count, prompts; give another file"):
         quality.run("shapes", [Case()], count=2, **options)
 
@@ -271,6 +273,20 @@ def test_a_run_on_the_cpu_names_no_gpu(monkeypatch: Any) -> None:
     monkeypatch.setattr(measure, "_output", lambda *command: "something")
     assert measure.machine("cpu")["gpu"] is None
     assert measure.machine("cuda")["gpu"] == "a GPU"
+
+
+def test_precision_batch_and_size_are_the_users_and_are_told(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    quality.add_arguments(parser)
+    path = tmp_path / "q.json"
+    given = ["--n", "2", "--steps", "1", "--ratio", "0.5", "--variant", "tome_fx", "--json", str(path)]
+    given += ["--dtype", "bf16", "--batch", "1"]
+    quality.main(parser.parse_args([*given, "--height", "64", "--width", "96"]))
+    document = measure.read(path)
+    assert (document["size"], document["dtype"], document["device"]) == ([64, 96], "bf16", "cpu")
+    assert document["machine"]["gpu"] is None
+    timed = quality.add_times(path, 8, 1, dtype="bf16")["timed"]
+    assert (timed["dtype"], timed["device"]) == ("bf16", "cpu")
 
 
 def test_one_match_leaves_one_match_for_stacked_blocks() -> None:
