@@ -267,8 +267,10 @@ def load(
 
 def _open(pipeline: str, device: str, dtype: str) -> Any:
     pipe = shapes.pipeline() if pipeline == "shapes" else DiffusionPipeline.from_pretrained(pipeline)
-    pipe.to(device, DTYPES[dtype])
-    pipe.vae.float()  # SDXL's overflows in half precision
+    pipe.to(device)
+    if dtype != "fp32":
+        pipe.to(DTYPES[dtype])
+        pipe.vae.float()  # SDXL's overflows in half precision
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -49,7 +49,8 @@ def _quality(document: dict[str, Any]) -> list[str]:
     timed = document["timed"]
     setting = (
         f"{document['count']} images of the pipeline {document['pipeline']}, {document['steps']} steps, guidance "
-        f"{document['guidance']:g}, {document['dtype']} on {document['device']}; means with 95 % confidence intervals. {machine(document['machine'])}. "
+        f"{document['guidance']:g}, {document['dtype']} on {document['device']}; "
+        f"means with 95 % confidence intervals. {machine(document['machine'])}. "
         f"Speed-ups of an eager call of the UNet at {timed['latents']} x {timed['latents']} latents, {timed['dtype']} "
         f"on {timed['device']}, the median over rounds and their range: `python -m bench {' '.join(timed['argv'])}`, "
         f"commit {timed['machine']['commit']}."
