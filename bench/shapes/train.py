@@ -54,7 +54,6 @@ def fit(
         show: What to do every so many steps with the average in place; what it returns is logged.
         every: How many.
     """
-    module.requires_grad_(True)
     optimizer = torch.optim.AdamW(module.parameters(), rate, weight_decay=0.01)
     schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 100, 3 * (1 - step / steps)))
     average = EMAModel(module.parameters(), decay=decay)
@@ -246,13 +245,9 @@ def tokens(pipe: StableDiffusionPipeline, captions: Sequence[str]) -> Tensor:
 
 
 def train_denoiser(
-    folder: Path, vae: AutoencoderKL, reader: Reader, coarse: int, steps: int, more: int
+    folder: Path, vae: AutoencoderKL, reader: Reader, coarse: int, steps: int
 ) -> StableDiffusionPipeline:
-    """UNet and text encoder together, on images of half the side first, which cost a sixth.
-
-    What was learnt there draws things twice at the whole side. So a second run, at half the rate, goes on from the end
-    of the first.
-    """
+    """UNet and text encoder together, on images of half the side first, which cost a sixth."""
     pipe = blank_pipeline(vae)
     both = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
     test = numbered(HELD_OUT, 48)
@@ -284,15 +279,6 @@ def train_denoiser(
         return f"right: {reader.right(test, images).float().mean():.3f}"
 
     fit(folder / "denoiser.pt", both, loss, steps=steps, rate=1e-3, decay=0.999, show=show)
-    fit(
-        folder / "refined.pt",
-        both,
-        lambda step: loss(steps + step),
-        steps=more,
-        rate=5e-4,
-        decay=0.999,
-        show=lambda step: show(steps + step),
-    )
     return pipe
 
 
@@ -325,8 +311,7 @@ def main() -> None:
     parser.add_argument("--reader-steps", type=int, default=1500)
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--coarse-steps", type=int, default=2500, help="steps of the denoiser at half the side")
-    parser.add_argument("--steps", type=int, default=4700, help="steps of the denoiser's first run")
-    parser.add_argument("--more-steps", type=int, default=2400, help="of its second run")
+    parser.add_argument("--steps", type=int, default=4700, help="steps of the denoiser in all")
     parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="where the trained pipeline is written")
     parser.add_argument("--reader", type=Path, default=judge.WEIGHTS, help="where the trained reader is written")
     a = parser.parse_args()
@@ -334,7 +319,7 @@ def main() -> None:
     reader = train_reader(a.run, a.reader_steps)
     save_file(reader.state_dict(), a.reader)
     vae = train_vae(a.run, a.vae_steps)
-    pipe = train_denoiser(a.run, vae, reader, coarse=a.coarse_steps, steps=a.steps, more=a.more_steps)
+    pipe = train_denoiser(a.run, vae, reader, coarse=a.coarse_steps, steps=a.steps)
     for module in (pipe.unet, pipe.vae):  # loaded as float32 all the same; transformers would load float16 as such
         module.half()
     pipe.save_pretrained(a.pipeline)
