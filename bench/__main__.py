@@ -1,6 +1,7 @@
 """The command line: `python -m bench latency`, `cold`, `quality`, `demo` or `report`."""
 
 import argparse
+import logging
 
 from bench import cold, demo, latency, quality, report
 
@@ -14,6 +15,8 @@ def main() -> None:
         module.add_arguments(command)
         command.set_defaults(main=module.main)
     arguments = parser.parse_args()
+    for library in ("transformers", "torchao", "bitsandbytes"):  # they tell of optional parts that are not installed
+        logging.getLogger(library).setLevel(logging.ERROR)
     arguments.main(arguments)
 
 

@@ -3,72 +3,30 @@
 import argparse
 import csv
 import itertools
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import NormalDist, fmean, median, stdev
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from tabulate import tabulate
-from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch import Tensor
 from tqdm import tqdm
 
 import tome_fx
 from bench import measure, shapes, variants, viz
+from bench.cells import STOCK, Case
 from bench.latency import DTYPES
-from bench.shapes import reader as judge
-from bench.shapes.reader import Reader
+from bench.metrics import Images, compare, judging, perceiving
+from bench.quality_tables import table
 from bench.shapes.scenes import HELD_OUT, SIDE, Scene, draw, numbered
 from bench.variants import SCOPES, AsUNet
 from tome_fx.capture import share
 from tome_fx.inputs import example_inputs
 
-REAL = 1024  # scenes that a Fréchet distance is taken from
-STOCK = "stock"
 ROUNDS = 9  # of timed calls
-
-
-# what some variants do not let one choose; ToDo drops three of four keys and values, whatever the ratio
-FIXED: dict[str, dict[str, Any]] = {
-    STOCK: {"ratio": 0.0, "scope": "attn", "max_downsample": None},
-    "tomesd": {"max_downsample": None},
-    "todo": {"ratio": 0.75, "scope": "attn", "max_downsample": None},
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is merged, and how."""
-
-    variant: str = STOCK
-    ratio: float = 0.0
-    scope: str = "attn"
-    max_downsample: int | None = None
-
-    @property
-    def title(self) -> str:
-        """A few words for a picture, other ones for each case: scope and levels where they are not the default."""
-        words = [self.variant, f"ratio {self.ratio:g}"]
-        words += [self.scope] if self.scope != "attn" else []
-        words += [f"levels {self.max_downsample}"] if self.max_downsample else []
-        return ", ".join(words)
-
-    def check(self) -> None:
-        """Refuse an option that the variant would pass over.
-
-        Raises:
-            ValueError: Named are the option, what is allowed and what came.
-        """
-        for name, allowed in FIXED.get(self.variant, {}).items():
-            if getattr(self, name) != allowed:
-                raise ValueError(f"{name} must be {allowed} for {self.variant}, got {getattr(self, name)}")
 
 
 def _transformed(unet: UNet2DConditionModel, case: Case, **options: Any) -> UNet2DConditionModel:
@@ -95,14 +53,6 @@ VARIANTS: dict[str, Callable[[UNet2DConditionModel, Case, int], Callable[..., An
     "tomesd": _tomesd,
     "todo": lambda unet, case, steps: variants.downsampled(unet, variants.Setting(case.ratio)),
 }
-
-
-@dataclass(frozen=True)
-class Images:
-    """Latents `[B, C, h, w]` and pixels `[B, 3, H, W]` from 0 to 1."""
-
-    latents: Tensor
-    pixels: Tensor
 
 
 @torch.no_grad()
@@ -138,94 +88,6 @@ def generate(
     if not pixels.isfinite().all():
         raise ValueError(f"an image is not finite: try another dtype than {unet.dtype}")
     return Images(latents.float().cpu(), (pixels.float().cpu() / 2 + 0.5).clamp(0, 1))
-
-
-def compare(images: Images, stock: Images) -> dict[str, list[float | None]]:
-    """How far each image is from the stock one: PSNR in dB, SSIM, and the latents' relative distance.
-
-    There is no PSNR, None, where nothing differs.
-    """
-    peak: list[float | None] = []
-    likeness: list[float | None] = []
-    for mine, theirs in zip(images.pixels, stock.pixels, strict=True):
-        same = torch.equal(mine, theirs)
-        peak.append(None if same else float(peak_signal_noise_ratio(mine, theirs, data_range=1.0)))
-        likeness.append(float(_ssim(mine, theirs)))
-    difference = (images.latents - stock.latents).flatten(1).norm(dim=1) / stock.latents.flatten(1).norm(dim=1)
-    return {"psnr": peak, "ssim": likeness, "latent_error": difference.tolist()}
-
-
-def _ssim(mine: Tensor, theirs: Tensor) -> Any:
-    return structural_similarity_index_measure(mine[None], theirs[None], data_range=1.0)
-
-
-class Features(nn.Module):
-    """The reader's features, the way that a Fréchet distance asks for them."""
-
-    def __init__(self, reader: Reader) -> None:
-        super().__init__()
-        self.reader = reader
-        self.num_features = reader.head.in_channels
-
-    def forward(self, images: Tensor) -> Tensor:
-        """`[B, num_features]` from images `[B, 3, H, W]` in 0 to 1."""
-        return self.reader.features(2 * images - 1)
-
-
-def _judge(scenes: Sequence[Scene]) -> Callable[[Images], dict[str, Any]]:
-    """What says of images whether each shows its scene's caption, and how far all are from real scenes, by Fréchet.
-
-    `right`: the reader finds what the caption tells, in its order. `counted`: and nothing is drawn twice.
-    """
-    reader = judge.load()
-    told = torch.tensor([len(scene.things) for scene in scenes])
-    distance = FrechetInceptionDistance(Features(reader), reset_real_features=False)
-    for first in range(0, REAL, 128):
-        distance.update(draw(numbered(HELD_OUT + len(scenes) + first, 128), SIDE) / 2 + 0.5, real=True)
-
-    def judged(images: Images) -> dict[str, Any]:
-        right = reader.right(scenes, 2 * images.pixels - 1)
-        counted = right & (judge.counts(2 * images.pixels - 1) == told)
-        result: dict[str, Any] = {"right": right.float().tolist(), "counted": counted.float().tolist()}
-        if len(scenes) > 1:  # of a single image there is no covariance
-            distance.reset()
-            distance.update(images.pixels, real=False)
-            result["frechet"] = float(distance.compute())
-        return result
-
-    return judged
-
-
-def _perceive(prompts: Sequence[str]) -> Callable[[Images, Images], dict[str, Any]]:
-    """LPIPS and CLIP score where torchmetrics and their weights are at hand, else why they are not; each built once."""
-
-    def lpips() -> Callable[[Images, Images], list[float]]:
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-        metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-        return lambda images, stock: [
-            float(metric(mine[None], theirs[None])) for mine, theirs in zip(images.pixels, stock.pixels, strict=True)
-        ]
-
-    def clip_score() -> Callable[[Images, Images], list[float]]:
-        from torchmetrics.multimodal.clip_score import CLIPScore
-
-        metric: Any = CLIPScore("openai/clip-vit-base-patch16")
-        return lambda images, stock: [
-            float(metric((255 * mine).byte(), prompt)) for mine, prompt in zip(images.pixels, prompts, strict=True)
-        ]
-
-    scores: dict[str, Callable[[Images, Images], list[float]] | str] = {}
-    for build in (lpips, clip_score):
-        try:
-            scores[build.__name__] = build()
-        except Exception as error:  # a package, its weights or the network is missing, each in its own way
-            scores[build.__name__] = f"not measured: {measure.reason(error)}"
-
-    def perceived(images: Images, stock: Images) -> dict[str, Any]:
-        return {name: score if isinstance(score, str) else score(images, stock) for name, score in scores.items()}
-
-    return perceived
 
 
 def read_prompts(path: Path, count: int) -> list[str]:
@@ -301,8 +163,8 @@ def run(
     for case in cases:
         case.check()
     pipe, texts, scenes = load(pipeline, prompts, count, device, dtype)
-    judged = _judge(scenes) if scenes else None
-    perceived = _perceive(texts) if not scenes else None
+    judged = judging(scenes) if scenes else None
+    perceived = perceiving(texts) if not scenes else None
     document: dict[str, Any] = {
         "schema": 2,
         "kind": "quality",
@@ -385,134 +247,6 @@ def add_times(path: Path, side: int, rounds: int, device: str = "cpu", dtype: st
         row["ms"] = timed[str(case)].samples_ms
     measure.write(path, document)
     return document
-
-
-def speedup(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float:
-    """Of a row over stock among the rows: the median over the rounds."""
-    (stock,) = (other["ms"] for other in rows if other["case"]["variant"] == STOCK)
-    ratios: list[float] = [slow / own for slow, own in zip(stock, row["ms"], strict=True)]
-    return median(ratios)
-
-
-def speed_range(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
-    """The speed-up of a row over stock among the rows, and the least and the greatest of a round."""
-    (stock,) = (other["ms"] for other in rows if other["case"]["variant"] == STOCK)
-    ratios = [slow / own for slow, own in zip(stock, row["ms"], strict=True)]
-    return speedup(row, rows), min(ratios), max(ratios)
-
-
-def interval(values: Sequence[float], *, yes_or_no: bool = False) -> tuple[float, float, float]:
-    """The mean and its 95 % confidence interval: the normal one, or Wilson's for what is 0 or 1."""
-    mean, count, z = fmean(values), len(values), NormalDist().inv_cdf(0.975)
-    if yes_or_no:
-        middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
-        half = z / (1 + z * z / count) * (mean * (1 - mean) / count + z * z / (4 * count * count)) ** 0.5
-        return mean, middle - half, middle + half
-    half = z * stdev(values) / count**0.5 if count > 1 else math.nan
-    return mean, mean - half, mean + half
-
-
-@dataclass(frozen=True)
-class Column:
-    """How a measure is shown.
-
-    Args:
-        head: What stands above it.
-        form: Of a number.
-        of_pair: Whether it compares with stock, for which it says nothing then.
-        yes_or_no: Whether it is 0 or 1 for an image.
-    """
-
-    head: str
-    form: str
-    of_pair: bool = True
-    yes_or_no: bool = False
-
-    def cell(self, values: list[float] | list[None] | str | None) -> str:
-        """The mean and its interval, why there is none, or nothing."""
-        if values is None or isinstance(values, str):
-            return values or ""
-        numbers = [value for value in values if value is not None]
-        if len(numbers) < len(values):  # an image like stock's has no PSNR, and the mean has none either
-            return ""
-        mean, low, high = map(self.form.format, interval(numbers, yes_or_no=self.yes_or_no))
-        return f"{mean} ({low} - {high})"
-
-
-COLUMNS = {
-    "psnr": Column("PSNR, dB", "{:.1f}"),
-    "ssim": Column("SSIM", "{:.3f}"),
-    "latent_error": Column("latent error", "{:.3f}"),
-    "right": Column("captions right", "{:.0%}", of_pair=False, yes_or_no=True),
-    "counted": Column("count right", "{:.0%}", of_pair=False, yes_or_no=True),
-    "lpips": Column("LPIPS", "{:.3f}"),
-    "clip_score": Column("CLIP score", "{:.1f}", of_pair=False),
-}
-
-
-def table(document: dict[str, Any]) -> str:
-    """Means with their 95 % confidence intervals, and speed-ups with their range; real images first, where judged."""
-    rows = document["rows"]
-    present = [name for name in COLUMNS if name in rows[0]]
-    lines = []
-    for row in rows if "real" not in document else [document["real"], *rows]:
-        case = Case(**row["case"]) if "case" in row else None
-        exact = case is None or case.variant == STOCK
-        line = ["real images" if case is None else f"`{case.variant}`"]
-        line += ["", "", ""] if case is None or exact else [f"{case.ratio:g}", case.scope, _levels(case)]
-        line += [COLUMNS[name].cell(None if exact and COLUMNS[name].of_pair else row[name]) for name in present]
-        line.append(f"{row['frechet']:.2f}" if "frechet" in row else "")
-        speed = speed_range(row, rows) if "timed" in document and not exact else None
-        lines.append([*line, "{:.2f}x ({:.2f} - {:.2f})".format(*speed) if speed else ""])
-    heads = ["variant", "ratio", "scope", "levels", *(COLUMNS[name].head for name in present)]
-    heads += ["Fréchet distance", "speed-up (range)"]
-    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
-
-
-def _levels(case: Case) -> str:
-    return str(case.max_downsample or "finest")
-
-
-# what the two rows of a pair have that is not the same: the first minus the second is told
-QUESTIONS: tuple[tuple[str, dict[str, str], dict[str, str]], ...] = (
-    ("`tome_fx` - `tomesd`", {"variant": "tome_fx"}, {"variant": "tomesd"}),
-    ("`top-left` - `tome_fx`", {"variant": "top-left"}, {"variant": "tome_fx"}),
-    ("`each-step` - `tome_fx`", {"variant": "each-step"}, {"variant": "tome_fx"}),
-    ("`one-match` - `tome_fx`", {"variant": "one-match"}, {"variant": "tome_fx"}),
-    ("`prop_attn` - `tome_fx`", {"variant": "prop_attn"}, {"variant": "tome_fx"}),
-    ("attn+crossattn - attn", {"variant": "tome_fx", "scope": "attn+crossattn"}, {"scope": "attn"}),
-    ("all - attn", {"variant": "tome_fx", "scope": "all"}, {"scope": "attn"}),
-)
-
-
-def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
-    """The mean of the first minus the second, image by image, and its 95 % confidence interval.
-
-    What an image owes to its prompt and seed is in both and falls out, so that it is far narrower than either's own.
-    """
-    return interval([a - b for a, b in zip(first, second, strict=True)])
-
-
-def differences(document: dict[str, Any]) -> str:
-    """A table of the paired differences in PSNR and latent error that `QUESTIONS` asks for, where both rows are there.
-
-    A difference whose interval holds 0 may be chance.
-    """
-    rows = {Case(**row["case"]): row for row in document["rows"]}
-    lines = []
-    for title, mine, theirs in QUESTIONS:
-        for case, row in rows.items():
-            other = rows.get(replace(case, **theirs))  # type: ignore[arg-type]
-            asked = all(getattr(case, name) == value for name, value in mine.items())
-            if not asked or other is None or None in row["psnr"] + other["psnr"]:
-                continue
-            line = [title, f"{case.ratio:g}", "" if "scope" in mine else case.scope, _levels(case)]
-            for name, form in (("psnr", "{:+.2f}"), ("latent_error", "{:+.3f}")):
-                mean, low, high = map(form.format, paired(row[name], other[name]))
-                line.append(f"{mean} ({low} to {high})")
-            lines.append(line)
-    heads = ["difference", "ratio", "scope", "levels", "PSNR, dB", "latent error"]
-    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import cold, demo, measure, quality, tables
+from bench import cold, demo, measure, quality_tables, tables
 from bench.cells import Cell
 from bench.variants import SCOPES, VARIANTS
 
@@ -59,7 +59,7 @@ def _quality(document: dict[str, Any]) -> list[str]:
         "Differences between two rows, image by image, for prompts and seeds are the same: means with 95 % confidence "
         "intervals. Where one holds 0, the rows may be alike."
     )
-    return [document["note"], setting, quality.table(document), pairs, quality.differences(document)]
+    return [document["note"], setting, quality_tables.table(document), pairs, quality_tables.differences(document)]
 
 
 def _support(document: dict[str, Any]) -> list[str]:
@@ -180,7 +180,7 @@ def _draw_tradeoff(axes: Any, rows: list[dict[str, Any]]) -> None:
     """What is lost over what is gained: SSIM over speed-up, a line for each way to merge, a point for each ratio."""
     for i, (variant, scope) in enumerate(TRADED):
         line = [
-            (quality.speedup(row, rows), *quality.interval(row["ssim"]), row["case"]["ratio"])
+            (quality_tables.speedup(row, rows), *quality_tables.interval(row["ssim"]), row["case"]["ratio"])
             for row in rows
             if (row["case"]["variant"], row["case"]["scope"], row["case"]["max_downsample"]) == (variant, scope, None)
         ]

@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 import tome_fx
-from bench import measure, quality, report, shapes, variants, viz
-from bench.quality import Case, Images
+from bench import measure, metrics, quality, quality_tables, report, shapes, variants, viz
+from bench.cells import Case
+from bench.metrics import Images
 from bench.shapes.scenes import HELD_OUT, SIDE, draw, numbered
 from tome_fx import ops
 from tome_fx.capture import share
@@ -45,9 +46,11 @@ def spoilt(images: Images, much: float) -> Images:
 
 def test_every_measure_falls_the_more_an_image_is_spoilt() -> None:
     good = pictures()
-    judged = quality._judge(numbered(HELD_OUT, 64))
-    rows = [quality.compare(image, good) | judged(image) for image in (good, spoilt(good, 0.3), spoilt(good, 0.8))]
-    means = {name: [quality.interval(row[name])[0] for row in rows] for name in ("ssim", "latent_error", "right")}
+    judged = metrics.judging(numbered(HELD_OUT, 64))
+    rows = [metrics.compare(image, good) | judged(image) for image in (good, spoilt(good, 0.3), spoilt(good, 0.8))]
+    means = {
+        name: [quality_tables.interval(row[name])[0] for row in rows] for name in ("ssim", "latent_error", "right")
+    }
     assert means["ssim"][0] == pytest.approx(1, abs=1e-3)
     assert means["ssim"] == sorted(means["ssim"], reverse=True)
     assert means["latent_error"][0] == 0
@@ -65,21 +68,21 @@ def test_every_measure_falls_the_more_an_image_is_spoilt() -> None:
 
 def test_an_interval_holds_the_mean_and_narrows_with_the_count() -> None:
     half = 1.26517  # 1.95996 of the standard deviation over the root of the count
-    assert quality.interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-4)
+    assert quality_tables.interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-4)
     wilson = (0.9, 0.596, 0.982)  # for 9 of 10
-    assert quality.interval([1.0] * 9 + [0.0], yes_or_no=True) == pytest.approx(wilson, abs=1e-3)
-    _, low, high = quality.interval([1.0] * 20, yes_or_no=True)
+    assert quality_tables.interval([1.0] * 9 + [0.0], yes_or_no=True) == pytest.approx(wilson, abs=1e-3)
+    _, low, high = quality_tables.interval([1.0] * 20, yes_or_no=True)
     assert 0.8 < low < high <= 1.0
-    assert quality.interval([1.0] * 20) == (1.0, 1.0, 1.0)  # by what is asked for, not by the numbers
+    assert quality_tables.interval([1.0] * 20) == (1.0, 1.0, 1.0)  # by what is asked for, not by the numbers
 
 
 def test_a_paired_difference_is_far_narrower_than_what_it_is_the_difference_of() -> None:
     theirs = [float(10 * i) for i in range(8)]
     mine = [value + 1 + (-1) ** i / 10 for i, value in enumerate(theirs)]
-    mean, low, high = quality.paired(mine, theirs)
+    mean, low, high = quality_tables.paired(mine, theirs)
     assert mean == pytest.approx(1)
     assert 0.9 < low < mean < high < 1.1
-    assert quality.paired(theirs, mine)[0] == pytest.approx(-1)
+    assert quality_tables.paired(theirs, mine)[0] == pytest.approx(-1)
 
 
 def test_differences_are_told_where_both_rows_are_there() -> None:
@@ -90,7 +93,8 @@ def test_differences_are_told_where_both_rows_are_there() -> None:
         for i, case in enumerate(cases)
     ]
     lines = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in quality.differences({"rows": rows}).split("\n")
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in quality_tables.differences({"rows": rows}).split("\n")
     ]
     assert lines[2:] == [
         ["`tome_fx` - `tomesd`", "0.5", "attn", "finest", "-1.00 (-1.00 to -1.00)", "-0.100 (-0.100 to -0.100)"],
@@ -128,7 +132,7 @@ def test_a_run_gives_every_variant_the_same_seeds_and_keeps_all_values(tmp_path:
     assert [images.shape for images in kept.values()] == [(1, 3, SIDE, SIDE)] * 6
     assert all(row["argv"] == sys.argv[1:] for row in document["rows"])
     assert document["real"].keys() == {"right", "counted", "frechet"}
-    lines = quality.table(document).splitlines()
+    lines = quality_tables.table(document).splitlines()
     assert len(lines) == 3 + len(cases)
     assert [lines[0].count(head) for head in ("captions right", "count right", "Fréchet")] == [1, 1, 1]
     assert [cell.strip() for cell in lines[3].split("|")[1:8]] == ["`stock`", "", "", "", "", "", ""]
@@ -202,8 +206,8 @@ def test_a_speed_up_is_the_median_over_rounds() -> None:
         {"case": {"variant": "stock"}, "ms": [2.0, 2.0, 12.0]},
         {"case": {"variant": "todo"}, "ms": [1.0, 2.0, 4.0]},
     ]
-    assert quality.speedup(rows[1], rows) == 2
-    assert quality.speed_range(rows[1], rows) == (2, 1, 3)
+    assert quality_tables.speedup(rows[1], rows) == 2
+    assert quality_tables.speed_range(rows[1], rows) == (2, 1, 3)
 
 
 def test_quality_over_speed_up_is_drawn_for_each_scope(tmp_path: Path) -> None:
@@ -231,7 +235,7 @@ def test_another_pipeline_needs_prompts_and_is_told_what_cannot_be_measured(tmp_
     assert "right" not in row
     assert row["lpips"].startswith("not measured: ModuleNotFoundError: ")
     assert row["clip_score"].startswith("not measured: ModuleNotFoundError: ")
-    assert "not measured" in quality.table(document)
+    assert "not measured" in quality_tables.table(document)
 
 
 def test_metrics_of_perception_are_built_once_and_see_each_image(monkeypatch: Any) -> None:
@@ -251,7 +255,7 @@ def test_metrics_of_perception_are_built_once_and_see_each_image(monkeypatch: An
     for module, name in names.items():
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: Metric}))
     images = Images(torch.zeros(2, 1, 1, 1), torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4))
-    perceived = quality._perceive(["a", "abc"])
+    perceived = metrics.perceiving(["a", "abc"])
     for _ in range(2):
         assert perceived(images, images) == {"lpips": [1.0, 2.0], "clip_score": [1.0, 258.0]}
     assert len(built) == 2

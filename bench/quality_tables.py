@@ -1,0 +1,139 @@
+"""The tables of `python -m bench quality`: means, paired differences and speed-ups, each with its interval or range."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist, fmean, median, stdev
+from typing import Any
+
+from tabulate import tabulate
+
+from bench.cells import STOCK, Case
+
+
+def speedup(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float:
+    """Of a row over stock among the rows: the median over the rounds."""
+    (stock,) = (other["ms"] for other in rows if other["case"]["variant"] == STOCK)
+    ratios: list[float] = [slow / own for slow, own in zip(stock, row["ms"], strict=True)]
+    return median(ratios)
+
+
+def speed_range(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
+    """The speed-up of a row over stock among the rows, and the least and the greatest of a round."""
+    (stock,) = (other["ms"] for other in rows if other["case"]["variant"] == STOCK)
+    ratios = [slow / own for slow, own in zip(stock, row["ms"], strict=True)]
+    return speedup(row, rows), min(ratios), max(ratios)
+
+
+def interval(values: Sequence[float], *, yes_or_no: bool = False) -> tuple[float, float, float]:
+    """The mean and its 95 % confidence interval: the normal one, or Wilson's for what is 0 or 1."""
+    mean, count, z = fmean(values), len(values), NormalDist().inv_cdf(0.975)
+    if yes_or_no:
+        middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
+        half = z / (1 + z * z / count) * (mean * (1 - mean) / count + z * z / (4 * count * count)) ** 0.5
+        return mean, middle - half, middle + half
+    half = z * stdev(values) / count**0.5 if count > 1 else math.nan
+    return mean, mean - half, mean + half
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a measure is shown.
+
+    Args:
+        head: What stands above it.
+        form: Of a number.
+        of_pair: Whether it compares with stock, for which it says nothing then.
+        yes_or_no: Whether it is 0 or 1 for an image.
+    """
+
+    head: str
+    form: str
+    of_pair: bool = True
+    yes_or_no: bool = False
+
+    def cell(self, values: list[float] | list[None] | str | None) -> str:
+        """The mean and its interval, why there is none, or nothing."""
+        if values is None or isinstance(values, str):
+            return values or ""
+        numbers = [value for value in values if value is not None]
+        if len(numbers) < len(values):  # an image like stock's has no PSNR, and the mean has none either
+            return ""
+        mean, low, high = map(self.form.format, interval(numbers, yes_or_no=self.yes_or_no))
+        return f"{mean} ({low} - {high})"
+
+
+COLUMNS = {
+    "psnr": Column("PSNR, dB", "{:.1f}"),
+    "ssim": Column("SSIM", "{:.3f}"),
+    "latent_error": Column("latent error", "{:.3f}"),
+    "right": Column("captions right", "{:.0%}", of_pair=False, yes_or_no=True),
+    "counted": Column("count right", "{:.0%}", of_pair=False, yes_or_no=True),
+    "lpips": Column("LPIPS", "{:.3f}"),
+    "clip_score": Column("CLIP score", "{:.1f}", of_pair=False),
+}
+
+
+def table(document: dict[str, Any]) -> str:
+    """Means with their 95 % confidence intervals, and speed-ups with their range; real images first, where judged."""
+    rows = document["rows"]
+    present = [name for name in COLUMNS if name in rows[0]]
+    lines = []
+    for row in rows if "real" not in document else [document["real"], *rows]:
+        case = Case(**row["case"]) if "case" in row else None
+        exact = case is None or case.variant == STOCK
+        line = ["real images" if case is None else f"`{case.variant}`"]
+        line += ["", "", ""] if case is None or exact else [f"{case.ratio:g}", case.scope, _levels(case)]
+        line += [COLUMNS[name].cell(None if exact and COLUMNS[name].of_pair else row[name]) for name in present]
+        line.append(f"{row['frechet']:.2f}" if "frechet" in row else "")
+        speed = speed_range(row, rows) if "timed" in document and not exact else None
+        lines.append([*line, "{:.2f}x ({:.2f} - {:.2f})".format(*speed) if speed else ""])
+    heads = ["variant", "ratio", "scope", "levels", *(COLUMNS[name].head for name in present)]
+    heads += ["Fréchet distance", "speed-up (range)"]
+    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+
+
+def _levels(case: Case) -> str:
+    return str(case.max_downsample or "finest")
+
+
+# what the two rows of a pair have that is not the same: the first minus the second is told
+QUESTIONS: tuple[tuple[str, dict[str, str], dict[str, str]], ...] = (
+    ("`tome_fx` - `tomesd`", {"variant": "tome_fx"}, {"variant": "tomesd"}),
+    ("`top-left` - `tome_fx`", {"variant": "top-left"}, {"variant": "tome_fx"}),
+    ("`each-step` - `tome_fx`", {"variant": "each-step"}, {"variant": "tome_fx"}),
+    ("`one-match` - `tome_fx`", {"variant": "one-match"}, {"variant": "tome_fx"}),
+    ("`prop_attn` - `tome_fx`", {"variant": "prop_attn"}, {"variant": "tome_fx"}),
+    ("attn+crossattn - attn", {"variant": "tome_fx", "scope": "attn+crossattn"}, {"scope": "attn"}),
+    ("all - attn", {"variant": "tome_fx", "scope": "all"}, {"scope": "attn"}),
+)
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of the first minus the second, image by image, and its 95 % confidence interval.
+
+    What an image owes to its prompt and seed is in both and falls out, so that it is far narrower than either's own.
+    """
+    return interval([a - b for a, b in zip(first, second, strict=True)])
+
+
+def differences(document: dict[str, Any]) -> str:
+    """A table of the paired differences in PSNR and latent error that `QUESTIONS` asks for, where both rows are there.
+
+    A difference whose interval holds 0 may be chance.
+    """
+    rows = {Case(**row["case"]): row for row in document["rows"]}
+    lines = []
+    for title, mine, theirs in QUESTIONS:
+        for case, row in rows.items():
+            other = rows.get(replace(case, **theirs))  # type: ignore[arg-type]
+            asked = all(getattr(case, name) == value for name, value in mine.items())
+            if not asked or other is None or None in row["psnr"] + other["psnr"]:
+                continue
+            line = [title, f"{case.ratio:g}", "" if "scope" in mine else case.scope, _levels(case)]
+            for name, form in (("psnr", "{:+.2f}"), ("latent_error", "{:+.3f}")):
+                mean, low, high = map(form.format, paired(row[name], other[name]))
+                line.append(f"{mean} ({low} to {high})")
+            lines.append(line)
+    heads = ["difference", "ratio", "scope", "levels", "PSNR, dB", "latent error"]
+    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
