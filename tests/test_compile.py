@@ -373,6 +373,37 @@ def test_every_mode_gives_what_eager_gives_and_cuda_graphs_are_not_skipped(mode:
     assert not counters["graph_break"]
 
 
+def on_gpu(way: str, model: Any) -> Any:
+    if way == "by blocks":
+        model.compile_repeated_blocks(fullgraph=True)
+        return model
+    return torch.compile(model, fullgraph=True, dynamic=True if way == "dynamic" else None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is False")
+@pytest.mark.parametrize("options", [{}, {"dynamic_ratio": True}, EVERYTHING], ids=["", "dynamic ratio", "everything"])
+@pytest.mark.parametrize("way", ["by blocks", "dynamic", "channels_last", "autocast"])
+def test_other_ways_to_compile_give_what_eager_gives_on_a_gpu_gradients_included(
+    way: str, options: dict[str, Any]
+) -> None:
+    layout = torch.channels_last if way == "channels_last" else torch.contiguous_format
+    model = transform(copy.deepcopy(two_stages()).to("cuda", memory_format=layout), ratio=0.5, **options)
+    eager, arguments = copy.deepcopy(model), inputs(model)
+    arguments["sample"] = arguments["sample"].contiguous(memory_format=layout)
+    outputs, gradients = [], []
+    with torch.autocast("cuda", torch.bfloat16, enabled=way == "autocast"):
+        for run, owner in ((on_gpu(way, model), model), (eager, eager)):
+            sample = run(**arguments).sample
+            found = torch.autograd.grad(sample.float().square().mean(), list(owner.parameters()))
+            outputs.append(sample.detach().float())
+            gradients.append(torch.cat([gradient.flatten().float() for gradient in found]))
+    tolerance = 5e-2 if way == "autocast" else 1e-3
+    assert relative_error(*outputs) < tolerance
+    assert relative_error(*gradients) < tolerance
+    assert not counters["graph_break"]
+
+
 @pytest.mark.parametrize("options", [{"seed": 5}, {"seed": 5, **EVERYTHING}], ids=["defaults", "everything"])
 def test_random_destinations_are_the_same_when_compiled(options: dict[str, Any]) -> None:
     model = transform(two_stages(), ratio=0.5, **options)

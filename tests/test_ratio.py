@@ -147,6 +147,24 @@ def test_a_wrapper_put_around_the_forward_afterwards_stays_and_is_reached_throug
     assert counter.frame_count == 2
 
 
+def test_a_hook_around_what_was_compiled_leaves_room_for_any_number_of_ratios(counter: Any) -> None:
+    """Around the model itself dynamo sees the hook's function, which is one for all: only a dynamic ratio fits then."""
+    arguments = inputs(one_block(), 8, 8)
+    compiled = whole(transform(one_block(), ratio=0.5), counter)
+    add_hook_to_module(compiled, ModelHook())
+    for ratio in RATIOS[:9]:
+        set_ratio(compiled, ratio)
+        assert relative_error(output(compiled, arguments), output(transform(one_block(), ratio), arguments)) < 1e-5
+    assert counter.frame_count == 9
+    model = transform(one_block(), ratio=0.5, dynamic_ratio=True)
+    add_hook_to_module(model, ModelHook())
+    compiled = whole(model, counter)
+    for ratio in RATIOS[:9]:
+        set_ratio(compiled, ratio)
+        assert relative_error(output(compiled, arguments), output(model, arguments)) < 1e-5
+    assert counter.frame_count == 9 + 1
+
+
 @pytest.mark.parametrize(
     "ratio, error, message",
     [
