@@ -147,6 +147,7 @@ def transformed(model: nn.Module) -> tuple[nn.Module, Merging]:
 
 
 def _install(model: nn.Module, plan: Plan) -> None:
+    """Make the model one of this plan, in place: its classes, the tensor that says a dynamic ratio, its forward."""
     for path, cls in rewritten_classes(model, plan).items():
         model.get_submodule(path).__class__ = cls
     if plan.dynamic_ratio:
@@ -156,7 +157,7 @@ def _install(model: nn.Module, plan: Plan) -> None:
         for path in {site.transformer for site in merged_sites(model, plan)}:
             setattr(model.get_submodule(path), RATIO_SIZE, size)
     forward: Any = type(model).forward
-    forward = with_own_code(forward, replace(plan, ratio=0.0 if plan.dynamic_ratio else float(plan.ratio)))
+    forward = with_own_code(forward, replace(plan, ratio=plan.static_ratio or 0.0))
     merging, current = getattr(model, MERGING, None), vars(model).get("forward")
     if merging is None or getattr(current, "__func__", None) is merging.forward:
         model.forward = types.MethodType(forward, model)

@@ -94,7 +94,6 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
     chosen = merged_sites(model, plan)
     _refuse_large_strides(model, plan, min(site.downsample for site in chosen))
     scopes = plan.scopes if plan.matches else ()
-    ratio = None if plan.dynamic_ratio else plan.ratio
 
     # Blocks that nothing is matched for are rewritten too: handed no slot map they do what they did, and blocks of
     # merged and unmerged levels compile as one (NOTE [One class per distinct graph]).
@@ -115,7 +114,7 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
         blocks = tuple(site.block for site in chosen if site.transformer == path)
         classes[path] = specialize(
             model.get_submodule(path),
-            MatchPass(ratio, plan.sx, plan.sy, plan.cell_seed, blocks if plan.matches else ()),
+            MatchPass(plan.static_ratio, plan.sx, plan.sy, plan.cell_seed, blocks if plan.matches else ()),
             example={"hidden_states": "4d", "encoder_hidden_states": "3d", "return_dict": False},
             live=("training", "gradient_checkpointing"),
             leaves=("_gradient_checkpointing_func",),

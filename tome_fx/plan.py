@@ -90,6 +90,11 @@ class Plan:
         return self.dynamic_ratio or self.ratio > 0
 
     @property
+    def static_ratio(self) -> float | None:
+        """The ratio that graphs are made for, or None where they read it while they run."""
+        return None if self.dynamic_ratio else float(self.ratio)
+
+    @property
     def ratio_size(self) -> int:
         """The ratio as a size: see NOTE [A ratio as a size]."""
         return NO_RATIO + round(self.ratio * THOUSAND)

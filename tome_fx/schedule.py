@@ -72,24 +72,27 @@ class RatioSchedule:
         steps = getattr(pipe, "num_timesteps", None)
         if not steps:
             raise TransformError(f"{type(pipe).__name__} has no num_timesteps, by which a schedule tells where it is")
-        first = self.ratio_at(0, steps)
         if step == 0:
-            used = {m for part in vars(pipe).values() if isinstance(part, nn.Module) for m in part.modules()}
-            for model in self.models:
-                inner, merging = transformed(model)
-                if inner not in used:
-                    raise TransformError(
-                        f"the schedule's {type(inner).__name__} is no part of this {type(pipe).__name__}: make the "
-                        "schedule for the models that the pipeline has now"
-                    )
-                found = merging.plan.ratio
-                if found != first:
-                    raise TransformError(
-                        f"the image began at a ratio of {found}, and its schedule begins at {first}: "
-                        "call schedule.start() after an image that was cut short or a change of the ratio"
-                    )
+            self._check_start(pipe, self.ratio_at(0, steps))
         self._set(self.ratio_at((step + 1) % steps, steps))
         return callback_kwargs
+
+    def _check_start(self, pipe: Any, first: float) -> None:
+        """Every model must be the pipeline's, and must have begun the image at the first ratio."""
+        used = {m for part in vars(pipe).values() if isinstance(part, nn.Module) for m in part.modules()}
+        for model in self.models:
+            inner, merging = transformed(model)
+            if inner not in used:
+                raise TransformError(
+                    f"the schedule's {type(inner).__name__} is no part of this {type(pipe).__name__}: make the "
+                    "schedule for the models that the pipeline has now"
+                )
+            found = merging.plan.ratio
+            if found != first:
+                raise TransformError(
+                    f"the image began at a ratio of {found}, and its schedule begins at {first}: call schedule.start() "
+                    "after an image that was cut short or a change of the ratio"
+                )
 
     def _set(self, ratio: float) -> None:
         for model in self.models:
