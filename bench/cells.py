@@ -1,4 +1,4 @@
-"""What is measured: a cell is one place of a table, a suite a set of cells."""
+"""What is measured: a cell is a place in a table of latencies, a case a row of one of quality, a suite many cells."""
 
 import itertools
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Cell:
         return f"{self.model} {self.resolution}px b{self.batch} r{self.ratio} {self.scope}"
 
 
-# what some variants do not let one choose; ToDo drops three of four keys and values, whatever the ratio
+# What some variants do not let one choose; ToDo drops three of four keys and values, whatever the ratio
 FIXED: dict[str, dict[str, Any]] = {
     STOCK: {"ratio": 0.0, "scope": "attn", "max_downsample": None},
     "tomesd": {"max_downsample": None},

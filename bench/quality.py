@@ -217,7 +217,8 @@ def _earlier_rows(path: Path, document: dict[str, Any], cases: Sequence[Case]) -
     other = [name for name, value in document.items() if earlier.get(name) != value]
     if other:
         raise ValueError(f"json: {path} holds results of another {', '.join(other)}; give another file")
-    return [row for row in earlier["rows"] if Case(**row["case"]) not in cases]
+    kept = [row for row in earlier["rows"] if Case(**row["case"]) not in cases]
+    return [{name: value for name, value in row.items() if name != "ms"} for row in kept]  # times are of all rows
 
 
 def add_times(path: Path, side: int, rounds: int, device: str = "cpu", dtype: str = "fp32") -> dict[str, Any]:

@@ -11,18 +11,11 @@ from tabulate import tabulate
 from bench.cells import STOCK, Case
 
 
-def speedup(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float:
-    """Of a row over stock among the rows: the median over the rounds."""
-    (stock,) = (other["ms"] for other in rows if other["case"]["variant"] == STOCK)
-    ratios: list[float] = [slow / own for slow, own in zip(stock, row["ms"], strict=True)]
-    return median(ratios)
-
-
 def speed_range(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
-    """The speed-up of a row over stock among the rows, and the least and the greatest of a round."""
+    """The speed-up of a row over stock among the rows: the median over the rounds, the least and the greatest."""
     (stock,) = (other["ms"] for other in rows if other["case"]["variant"] == STOCK)
     ratios = [slow / own for slow, own in zip(stock, row["ms"], strict=True)]
-    return speedup(row, rows), min(ratios), max(ratios)
+    return median(ratios), min(ratios), max(ratios)
 
 
 def interval(values: Sequence[float], *, yes_or_no: bool = False) -> tuple[float, float, float]:
@@ -97,7 +90,7 @@ def _levels(case: Case) -> str:
     return str(case.max_downsample or "finest")
 
 
-# what the two rows of a pair have that is not the same: the first minus the second is told
+# What the two rows of a pair have that is not the same: the first minus the second is told
 QUESTIONS: tuple[tuple[str, dict[str, str], dict[str, str]], ...] = (
     ("`tome_fx` - `tomesd`", {"variant": "tome_fx"}, {"variant": "tomesd"}),
     ("`top-left` - `tome_fx`", {"variant": "top-left"}, {"variant": "tome_fx"}),

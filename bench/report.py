@@ -13,7 +13,7 @@ from bench.cells import Cell
 from bench.variants import SCOPES, VARIANTS
 
 RESULTS = Path(__file__).parent / "results"
-TRADED = [(variant, scope) for variant in ("tome_fx", "prop_attn") for scope in SCOPES]
+TRADED = [*(("tome_fx", scope) for scope in SCOPES), ("prop_attn", "attn"), ("prop_attn", "all")]
 WATERFALL = ("vanilla", "sdpa", "compile", "tome_fx+compile")
 README = Path(__file__).parent.parent / "README.md"
 
@@ -46,6 +46,8 @@ def _cold(document: dict[str, Any]) -> list[str]:
 
 
 def _quality(document: dict[str, Any]) -> list[str]:
+    if "timed" not in document:
+        raise ValueError("the rows of quality have no times: python -m bench quality --time SIDE --json PATH")
     timed = document["timed"]
     setting = (
         f"{document['count']} images of the pipeline {document['pipeline']}, {document['steps']} steps, guidance "
@@ -178,9 +180,9 @@ def plots(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
 
 def _draw_tradeoff(axes: Any, rows: list[dict[str, Any]]) -> None:
     """What is lost over what is gained: SSIM over speed-up, a line for each way to merge, a point for each ratio."""
-    for i, (variant, scope) in enumerate(TRADED):
+    for variant, scope in TRADED:
         line = [
-            (quality_tables.speedup(row, rows), *quality_tables.interval(row["ssim"]), row["case"]["ratio"])
+            (quality_tables.speed_range(row, rows)[0], *quality_tables.interval(row["ssim"]), row["case"]["ratio"])
             for row in rows
             if (row["case"]["variant"], row["case"]["scope"], row["case"]["max_downsample"]) == (variant, scope, None)
         ]
@@ -189,7 +191,7 @@ def _draw_tradeoff(axes: Any, rows: list[dict[str, Any]]) -> None:
             bars = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
             axes.errorbar(x, y, bars, marker="o", capsize=2, label=f"{variant}, {scope}")
             for place in zip(ratios, x, y, strict=True):
-                axes.annotate(f"{place[0]:g}", place[1:], textcoords="offset points", xytext=(5, 7 - 9 * i), fontsize=8)
+                axes.annotate(f"{place[0]:g}", place[1:], textcoords="offset points", xytext=(5, 5), fontsize=7)
     axes.plot([1], [1], "k*", label="stock")
     axes.set(
         xlabel="speed-up of an eager UNet call",

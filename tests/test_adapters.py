@@ -16,13 +16,21 @@ import diffusers
 import models
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
+from diffusers.models.attention_processor import (
+    AttnProcessor2_0,
+    PAGCFGIdentitySelfAttnProcessor2_0,
+    PAGIdentitySelfAttnProcessor2_0,
+    XFormersAttnProcessor,
+)
+from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import (
+    CrossFrameAttnProcessor2_0,
+)
 from models import blocks, controlnet, gligen, hooked, mask, objects, output, relative_error, sd15, sdxl, two_stages
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tome_fx import TransformError, ops, plan, set_ratio, transform
+from tome_fx import TransformError, set_ratio, transform
 from tome_fx.capture import find_sites
 from tome_fx.inputs import example_inputs
 
@@ -267,26 +275,6 @@ def test_what_was_undone_leaves_the_plain_model_merged(case: Case, place: int) -
     assert relative_error(halved(case.unet(place), case.arguments()), case.idle()) < 1e-5
 
 
-def hooked_across(model: Any) -> Any:
-    """A copy that merges around cross-attention too, as self-attention does: what `merge_crossattn=True` must equal."""
-    result = hooked(model)
-    for path in (site.path for site in find_sites(model) if site.downsample == 1):
-        _hook_across(result.get_submodule(path))
-    return result
-
-
-def _hook_across(block: Any) -> None:
-    seen: dict[str, Any] = {}
-
-    def match(_: nn.Module, args: tuple[Any, ...]) -> None:
-        kept = plan.kept(HEIGHT, WIDTH, 0.5)
-        seen["slots"] = ops.match(args[0], HEIGHT, WIDTH, kept=kept, sx=2, sy=2, seed=None)
-
-    block.register_forward_pre_hook(match)
-    block.attn2.register_forward_pre_hook(lambda _, args: (ops.merge(args[0], seen["slots"]), *args[1:]))
-    block.attn2.register_forward_hook(lambda _, args, result: ops.unmerge(result, seen["slots"]))
-
-
 @IP_MASKS
 @ORDER
 def test_image_masks_over_merged_cross_attention_are_refused_and_images_without_masks_are_served(place: int) -> None:
@@ -296,9 +284,9 @@ def test_image_masks_over_merged_cross_attention_are_refused_and_images_without_
         output(result, arguments)
     images, stock = case.arguments(IMAGES), case.unet()
     ours = halved(result, images)
-    assert torch.equal(ours, output(hooked_across(stock), images))
+    assert torch.equal(ours, output(hooked(stock, merge_crossattn=True), images))
     assert relative_error(ours, output(hooked(stock), images)) > 1e-3
-    assert relative_error(ours, output(hooked_across(two_stages()), PLAIN.arguments())) > 1e-3
+    assert relative_error(ours, output(hooked(two_stages(), merge_crossattn=True), PLAIN.arguments())) > 1e-3
     set_ratio(result, 0)
     assert torch.equal(output(result, arguments), output(stock, arguments))
 
@@ -313,6 +301,19 @@ def test_perturbed_attention_beside_classifier_free_guidance_makes_the_image_of_
         assert relative_error(ours, other) > 1e-3
     kinds = {type(processor) for processor in result.attn_processors.values()}
     assert kinds == {AttnProcessor2_0}  # the pipeline puts back what there was
+
+
+MIXING = [PAGIdentitySelfAttnProcessor2_0, PAGCFGIdentitySelfAttnProcessor2_0, CrossFrameAttnProcessor2_0]
+
+
+@pytest.mark.parametrize("processor", MIXING)
+def test_what_attends_across_the_batch_is_refused_where_attention_is_proportional(processor: Any) -> None:
+    result = merged(two_stages(), prop_attn=True)
+    options = {"batch_size": 1} if processor is CrossFrameAttnProcessor2_0 else {}
+    for block in blocks(result).values():
+        block.attn1.set_processor(processor(**options))
+    with pytest.raises(TransformError, match=rf"{processor.__name__} attends in parts of the batch or across it, .*"):
+        output(result, PLAIN.arguments())
 
 
 @PAG

@@ -267,6 +267,9 @@ def test_a_schedule_gives_each_step_of_any_pipeline_that_has_the_callback_its_ra
         assert len(seen) >= 3
         assert seen == [0.5 if step < len(seen) / 2 else 0.25 for step in range(len(seen))]
         seen.clear()
+
+
+def test_pipelines_of_most_kinds_have_the_callback() -> None:
     assert len(SCHEDULED) == 14
 
 

@@ -278,11 +278,15 @@ def test_a_larger_function_that_calls_the_model_follows_its_ratio(counter: Any) 
     assert counter.frame_count == 2
 
 
-def test_a_ratio_that_is_set_to_what_it_is_changes_nothing() -> None:
-    model = transform(one_block(), ratio=0.5)
-    before = dict(vars(model))
+@pytest.mark.parametrize("dynamic_ratio", [False, True])
+def test_a_ratio_that_is_set_to_what_it_is_changes_nothing(dynamic_ratio: bool) -> None:
+    def parts(model: Any) -> list[Any]:
+        return [value for module in model.modules() for value in (type(module), *vars(module).values())]
+
+    model = transform(one_block(), ratio=0.5, dynamic_ratio=dynamic_ratio)
+    before = parts(model)
     set_ratio(model, 0.5)
-    assert all(value is before[name] for name, value in vars(model).items())
+    assert all(value is known for value, known in zip(parts(model), before, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ a dynamic ratio

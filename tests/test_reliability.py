@@ -156,7 +156,7 @@ def free(lock: Any) -> bool:
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0])
-def test_an_interrupt_at_any_line_while_a_new_kind_of_call_is_served_leaves_the_next_call_right(
+def test_an_interrupt_at_any_line_that_python_has_one_at_while_a_new_kind_of_call_is_served_leaves_the_next_call_right(
     ratio: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = inputs(one_block(), 8, 8)
@@ -198,7 +198,7 @@ def test_an_interrupt_at_any_line_while_a_new_kind_of_call_is_served_leaves_the_
     lines = 1
     while interrupted_at(lines):
         lines += 1
-    assert lines > 30
+    assert lines > 30, "the trace no longer sees the code that serves a new kind of call"
 
 
 # ------------------------------------------------------------------------------------------------ configurations

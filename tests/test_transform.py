@@ -502,6 +502,9 @@ def test_hooks_and_processors_that_were_there_before_go_on_working_for_their_own
     def note(store: list[str], *_: Any) -> None:
         store.append("partial")
 
+    def tell(*_: Any) -> None:
+        seen.append("function")
+
     def count(module: Any, *_: Any) -> None:
         module.calls = getattr(module, "calls", 0) + 1
 
@@ -511,12 +514,13 @@ def test_hooks_and_processors_that_were_there_before_go_on_working_for_their_own
     block.attn1.set_processor(Telling(seen))
     block.attn1.register_forward_pre_hook(Telling(seen).hook)
     block.attn1.register_forward_hook(functools.partial(note, seen))
+    block.attn1.register_forward_hook(tell)
     block.attn1.register_forward_hook(types.MethodType(count, block))
     result = transform(model)
     tome_fx.explain(result, 8, 8)
     assert not seen, "explain has run what is the user's"
     output(result, inputs(model))
-    assert seen == ["bound", "processor", "partial"]
+    assert seen == ["bound", "processor", "partial", "function"]
     assert not hasattr(block, "calls"), "a hook that is the model's own counts in the original"
     assert result.get_submodule(path).calls == 1
 
@@ -776,6 +780,13 @@ def test_ratio_0_serves_a_mask_as_the_original_does() -> None:
     tokens = one_stage()
     arguments = {**inputs(tokens), "attention_mask": torch.ones(2, 32 * 32)}
     assert torch.equal(output(transform(tokens, ratio=0), arguments), output(tokens, arguments))
+
+
+def test_proportional_attention_to_the_prompt_is_an_error() -> None:
+    model = UNet2DConditionModel.from_config(two_stages().config, only_cross_attention=(True, False))
+    with pytest.raises(TransformError, match=r"attends to the prompt in a block of only_cross_attention.*prop_attn=Tr"):
+        transform(model, prop_attn=True)
+    output(transform(model), inputs(model, 16, 16))
 
 
 def test_a_module_that_is_not_there_to_merge_around_is_an_error() -> None:

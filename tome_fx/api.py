@@ -60,9 +60,9 @@ def transform(
         merge_attn: Merge around self-attention, where the cost is quadratic.
         merge_crossattn: Merge around cross-attention as well. Costs quality for little speed.
         merge_mlp: Merge around the feed-forward as well. Costs quality.
-        prop_attn: Weigh each merged token in self-attention by how many tokens it stands for, which keeps the image
-            closer to the original. False is what tomesd does, and leaves attention without a mask, which some of a
-            GPU's kernels cannot take.
+        prop_attn: Weigh each merged token in self-attention by how many tokens it stands for, which is meant to keep
+            the image closer to the original. False is what tomesd does, and leaves attention without a mask, which
+            some of a GPU's kernels cannot take.
         dynamic_ratio: Make the number of kept tokens a dynamic size, so that one compiled graph serves every ratio
             that `set_ratio` gives it. The ratio is then a whole number of thousandths, and at 0 tokens are still
             matched. False compiles once for each ratio, and 0 is free.
@@ -151,7 +151,7 @@ def _install(model: nn.Module, plan: Plan) -> None:
     for path, cls in rewritten_classes(model, plan).items():
         model.get_submodule(path).__class__ = cls
     if plan.dynamic_ratio:
-        with torch.inference_mode(False):  # wherever this is called, a guard on the tensor finds it as it was
+        with torch.inference_mode(False):  # an inference tensor fails the guard of a graph compiled outside of it
             size = torch.empty(plan.ratio_size, 0, dtype=torch.float32, device="cpu")
         torch._dynamo.mark_dynamic(size, 0)
         for path in {site.transformer for site in merged_sites(model, plan)}:

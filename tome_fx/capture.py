@@ -100,15 +100,15 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
     classes = {
         site.path: specialize(
             model.get_submodule(site.path),
-            MergePass(scopes, plan.prop_attn),
+            MergePass(scopes, plan.prop_attn and plan.matches),
             example={"hidden_states": "3d", "encoder_hidden_states": "3d"},
             live=("training", "_chunk_size", "_chunk_dim"),
             leaves=("_chunked_feed_forward",),
         )
         for site in find_sites(model)
     }
-    for cls in set(classes.values()):  # by which layer skipping finds out what a block returns
-        known = TransformerBlockRegistry.get(BasicTransformerBlock)
+    known = TransformerBlockRegistry.get(BasicTransformerBlock)  # where layer skipping looks up what a block returns
+    for cls in set(classes.values()):
         TransformerBlockRegistry.register(cls, replace(known, _cached_parameter_indices=None))
     for path in dict.fromkeys(site.transformer for site in chosen):
         blocks = tuple(site.block for site in chosen if site.transformer == path)

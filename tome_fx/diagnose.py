@@ -27,7 +27,10 @@ ADVICE = (
     ("training", "call eval() once, before the first call"),
     ("", "TORCH_LOGS=recompiles shows the guard with its source"),
 )
-EAGER = "compile with fullgraph=True to be told why, and with dynamic=True where it is for the number of sizes"
+EAGER = (
+    "see that torch.compile is not disabled; where it is not, dynamo has compiled this code as often as it will, which "
+    "fullgraph=True makes an error, and dynamic=True helps against where sizes vary"
+)
 # The calls that a merge leaves to ATen by design: see NOTE [Determinism] in ops.py.
 EXPECTED = {
     "sort": "two for each match: the ranking of the sources, the order of the slots",
@@ -50,9 +53,9 @@ class Finding:
 class Diagnosis:
     """What `diagnose` found; `print` shows it in words.
 
-    `graphs` were compiled in the first call and `again` in a second one of the same inputs, in which `eager` of the
-    parts that are to run compiled did not. `fallbacks` counts the calls in the generated code of those ATen operations
-    that a merge is made of, by name; None where nothing was compiled, or not by Inductor.
+    `graphs` were compiled in the first call and `again` in a second one of the same inputs, in which at least `eager`
+    of the parts that are to run compiled did not. `fallbacks` counts the calls in the generated code of those ATen
+    operations that a merge is made of, by name; None where nothing was compiled, or not by Inductor.
     """
 
     title: str
@@ -105,7 +108,7 @@ def diagnose(model: nn.Module, *args: Any, **kwargs: Any) -> Diagnosis:
         ValueError: `model` is not compiled.
         TransformError: `model` is not transformed.
     """
-    from torch._dynamo.exc import Unsupported
+    from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
     from torch._dynamo.utils import counters  # here and below: the compiler is slow to import
 
     inner, merging = transformed(model)
@@ -117,7 +120,7 @@ def diagnose(model: nn.Module, *args: Any, **kwargs: Any) -> Diagnosis:
     try:
         with _generated_code() as code:
             graphs, recompiles = _call(model, args, kwargs)
-    except Unsupported as error:  # what is a break elsewhere, where fullgraph=True allows none
+    except (Unsupported, FailOnRecompileLimitHit) as error:  # only under fullgraph=True
         return Diagnosis(title, 0, 0, parts, (_break(str(error), 1),), (), None)
     with profile(use_kineto=False) as second:
         again, repeated = _call(model, args, kwargs)
@@ -174,6 +177,7 @@ def _fallbacks(code: list[str]) -> dict[str, int]:
             slots = ops.match(tokens, 2, 2, kept=3, sx=2, sy=2, seed=seed)
             for some in (tokens, tokens.clone().requires_grad_()):
                 ops.unmerge(ops.merge(some, slots), slots)
+                ops.log_sizes(some, slots)
     statements = [line.partition("#")[0] for text in code for line in text.splitlines()]
     called = Counter(re.findall(r"\baten\.(\w+)[.\w]*\(", "\n".join(statements)))
     return {name: count for name, count in called.items() if name.rstrip("_") in recorder.names}

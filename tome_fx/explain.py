@@ -125,7 +125,10 @@ def _plain(model: Model) -> Model:
 
 
 def _flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
-    """FLOPs of every module by its path, for one image."""
+    """FLOPs of every module by its path, for one image; the model is a copy, whose hooks are taken off."""
+    for module in model.modules():  # what users hang on to a call is not for this one
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
     weights = {
         name: torch.empty_like(tensor, device="meta")
         for tensors in (model.named_parameters(), model.named_buffers())

@@ -71,7 +71,9 @@ def match(tokens: Tensor, height: int, width: int, *, kept: int, sx: int, sy: in
     if cells == 0:
         return None
 
-    kept = 1 + torch.sym_max(0, kept - 1)  # so that Inductor knows of a symbolic K that it is not 0
+    # Inductor must know that a symbolic K is not 0, to sort the strides of what a backward pass needs. max(1, K) is no
+    # form that it can tell that of.
+    kept = 1 + torch.sym_max(0, kept - 1)
 
     order = destinations_first(height, width, sx, sy, seed, tokens.device)
     unit = _unit(tokens.detach())
@@ -130,7 +132,7 @@ def unmerge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
 
 
 def log_sizes(tokens: Tensor, slots: SlotMap | None) -> Tensor | None:
-    """How many tokens each slot stands for, as what proportional attention adds to the scores of its keys.
+    """The logarithm of how many tokens each slot stands for: proportional attention adds it to the scores of its keys.
 
     A key with the logarithm of a count added to its scores is attended to as that many copies of it would be. So
     attention over merged tokens is attention over all tokens, each in the place of its slot's mean.
@@ -148,7 +150,8 @@ def log_sizes(tokens: Tensor, slots: SlotMap | None) -> Tensor | None:
         return None
     batch, count = slots.slot.shape
     end = count * torch.arange(1, batch + 1, device=slots.start.device)[:, None]
-    return slots.start.diff(append=end).log().to(tokens.dtype)[:, None]
+    sizes = slots.start.diff(append=end).to(torch.promote_types(tokens.dtype, torch.float32))
+    return sizes.log().to(tokens.dtype)[:, None]
 
 
 def destinations_first(height: int, width: int, sx: int, sy: int, seed: int | None, device: torch.device) -> Tensor:

@@ -11,8 +11,14 @@ from tome_fx.plan import SCOPES, TransformError
 from tome_fx.rewrite import insert_match, insert_merge
 
 KEEPING_PROCESSORS = ("CrossAttnStoreProcessor",)  # of self-attention guidance, which maps its weights to pixels
-# Of perturbed-attention guidance: each attends in a part of the batch, and gives it the mask of the whole.
-PARTIAL_PROCESSORS = ("PAGIdentitySelfAttnProcessor2_0", "PAGCFGIdentitySelfAttnProcessor2_0")
+# Of perturbed-attention guidance and of text-to-video zero: they attend in parts of the batch, or across it, and would
+# give some images the mask of others.
+MIXING_PROCESSORS = (
+    "PAGIdentitySelfAttnProcessor2_0",
+    "PAGCFGIdentitySelfAttnProcessor2_0",
+    "CrossFrameAttnProcessor",
+    "CrossFrameAttnProcessor2_0",
+)
 
 
 @dataclass(frozen=True)
@@ -45,15 +51,21 @@ class MergePass:
 
     def __call__(self, graph: fx.Graph) -> int:
         """Change the graph in place; returns how many modules were wrapped."""
+        proportional = {"attn1"} & set(self.scopes) if self.prop_attn else set()
         for node in graph.nodes:
             if node.target in self.scopes:
                 _refuse_masks(node)
-        count = insert_merge(graph, self.scopes, proportional=self.scopes[:1] if self.prop_attn else ())
+            if node.target in proportional and node.kwargs.get("encoder_hidden_states") is not None:
+                raise TransformError(
+                    "attn1 attends to the prompt in a block of only_cross_attention, whose tokens are not merged: "
+                    "prop_attn=True has none to weigh there. Transform with prop_attn=False"
+                )
+        count = insert_merge(graph, self.scopes, proportional=proportional)
         _require(count, self.scopes, graph)
         return count
 
     def check(self, block: nn.Module, slots: SlotMap | None) -> None:
-        """Refuse what keeps something of merged tokens beyond a call, which merges others, and what mistakes a mask."""
+        """Refuse what keeps merged tokens for a later call, which merges others, and what would mix up weights."""
         for name in self.scopes if slots is not None else ():
             module = getattr(block, name)
             registry = getattr(module, "_diffusers_hook", None)
@@ -61,10 +73,10 @@ class MergePass:
             processor = type(getattr(module, "processor", None)).__name__
             keeping = [type(hook).__name__ for hook in hooks if hook._is_stateful]
             keeping += [processor] * (processor in KEEPING_PROCESSORS)
-            if processor in PARTIAL_PROCESSORS and self.prop_attn:
+            if processor in MIXING_PROCESSORS and self.prop_attn:
                 raise TransformError(
-                    f"{processor} attends in parts of the batch, and cannot divide the mask by which prop_attn=True "
-                    "weighs tokens. Leave it out, or transform with prop_attn=False"
+                    f"{processor} attends in parts of the batch or across it, and would mix up the weights that "
+                    "prop_attn=True gives tokens. Leave it out, or transform with prop_attn=False"
                 )
             if keeping:
                 raise TransformError(

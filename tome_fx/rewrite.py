@@ -106,7 +106,8 @@ def insert_merge(graph: fx.Graph, modules: Collection[str], *, proportional: Col
     Args:
         graph: Changed in place.
         modules: Names of modules that map tokens `[B, N, C]` to tokens, given as their first argument.
-        proportional: Those of them that are self-attention, and shall weigh each key by the tokens that it stands for.
+        proportional: Those of them that are self-attention and take an `attention_mask`, to weigh each key by the
+            tokens that it stands for.
 
     Returns:
         How many modules were wrapped.
