@@ -56,6 +56,10 @@ def state(model: nn.Module) -> list[Any]:
     return [*modules, *(tensor._version for tensor in model.state_dict().values())]
 
 
+def holds(feature: str, verdict: str = "works", condition: str = "") -> pytest.MarkDecorator:
+    return pytest.mark.supports("Reliability", feature, verdict, condition)
+
+
 @contextlib.contextmanager
 def usable(model: Any, arguments: dict[str, Any]) -> Iterator[None]:
     """Assert that the model is after the block what it was before: all that it is made of, and its output."""
@@ -74,6 +78,7 @@ def no_classes(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------ threads
 
 
+@holds("Two threads, two sizes")
 def test_two_threads_and_two_sizes_do_not_disturb_one_another(no_classes: None) -> None:
     result = transform(two_stages())
     calls = [inputs(result, 16, 16), {**inputs(result, 12, 20), "encoder_attention_mask": mask()}]
@@ -116,6 +121,7 @@ class FailsOnce(AttnProcessor2_0):  # type: ignore[misc]
         return super().__call__(*args, **kwargs)
 
 
+@holds("Errors and interrupts in a call")
 @pytest.mark.parametrize("extra", [{}, {"encoder_attention_mask": mask()}], ids=["known", "new"])
 def test_an_error_in_the_middle_of_a_forward_changes_nothing(extra: dict[str, Any], no_classes: None) -> None:
     result = transform(two_stages())
@@ -128,6 +134,7 @@ def test_an_error_in_the_middle_of_a_forward_changes_nothing(extra: dict[str, An
         assert torch.equal(output(result, {**arguments, **extra}), expected)
 
 
+@holds("Errors and interrupts in a call")
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -155,6 +162,7 @@ def free(lock: Any) -> bool:
     return taken
 
 
+@holds("Errors and interrupts in a call")
 @pytest.mark.parametrize("ratio", [0.5, 0])
 def test_an_interrupt_at_any_line_that_python_has_one_at_while_a_new_kind_of_call_is_served_leaves_the_next_call_right(
     ratio: float, monkeypatch: pytest.MonkeyPatch
@@ -221,6 +229,7 @@ def valid(draw: st.DrawFn) -> dict[str, Any]:
     return options
 
 
+@holds("Valid options, 2,000 drawn")
 @settings(THOROUGH, max_examples=2000)
 @given(st.sampled_from([one_block, two_stages]), valid(), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3))
 def test_any_valid_configuration_keeps_the_contract(
@@ -263,6 +272,7 @@ BAD: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+@holds("Invalid options, 500 drawn", "refused")
 @settings(THOROUGH, max_examples=500)
 @given(valid(), st.sampled_from(sorted(BAD)).flatmap(lambda name: st.tuples(st.just(name), BAD[name])))
 def test_any_invalid_configuration_is_an_error_that_names_the_argument_and_changes_nothing(
@@ -286,6 +296,7 @@ def test_any_invalid_configuration_is_an_error_that_names_the_argument_and_chang
 # ------------------------------------------------------------------------------------------------ sizes
 
 
+@holds("Odd, tiny and wide images")
 @pytest.mark.parametrize("size", [(1, 64), (64, 1), (7, 5), (128, 16), (1, 1), (3, 3)], ids=str)
 @pytest.mark.parametrize("build", [one_block, two_stages, sdxl])
 def test_odd_tiny_and_wide_latents_are_merged_as_if_by_hooks(build: Callable[[], Any], size: tuple[int, int]) -> None:
@@ -297,6 +308,7 @@ def test_odd_tiny_and_wide_latents_are_merged_as_if_by_hooks(build: Callable[[],
     assert torch.equal(ours, output(model, arguments)) != merges
 
 
+@holds("An empty batch", "refused")
 @pytest.mark.parametrize("build", [one_block, two_stages, controlnet])
 @pytest.mark.parametrize("options", [{}, {"dynamic_ratio": True}], ids=str)
 def test_an_empty_batch_is_an_error_that_names_the_batch(build: Callable[[], Any], options: dict[str, Any]) -> None:
@@ -318,6 +330,7 @@ def is_a_map(slots: ops.SlotMap, kept: int) -> bool:
     return spread and rows and bool((slots.start[:, 1:] > slots.start[:, :-1]).all())
 
 
+@holds("NaN and infinite tokens")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("where", ["one", "some", "all", "image"])
 @pytest.mark.parametrize("value", EXTREMES)
@@ -338,6 +351,7 @@ def test_tokens_of_any_value_give_a_whole_slot_map(value: str, where: str, dtype
             torch.testing.assert_close(merged[1], tokens[1], rtol=0, atol=0, equal_nan=True)
 
 
+@holds("Tokens too long for fp16 sums")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 2e4])
 def test_similarity_does_not_depend_on_how_long_tokens_are(scale: float, dtype: torch.dtype) -> None:
@@ -352,6 +366,7 @@ def test_similarity_does_not_depend_on_how_long_tokens_are(scale: float, dtype: 
     assert same > 0.9  # ties within rounding may fall otherwise
 
 
+@holds("NaN and infinite tokens")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("build", [one_block, sdxl])
 def test_an_image_that_is_no_number_leaves_the_others_of_its_batch_alone(
@@ -371,6 +386,7 @@ def test_an_image_that_is_no_number_leaves_the_others_of_its_batch_alone(
 # ------------------------------------------------------------------------------------------------ leaks
 
 
+@holds("Freeing what is dropped", "works with a condition", "classes and code of each plan stay")
 def test_what_is_dropped_is_freed() -> None:
     model = two_stages()
     arguments = inputs(model, 16, 16)
