@@ -3,11 +3,12 @@
 import argparse
 import logging
 
-from bench import cold, demo, latency, quality, report
-
 
 def main() -> None:
     """Parse the arguments and run the command."""
+    logging.disable(logging.WARNING)  # libraries warn while they load of optional parts that are not installed
+    from bench import cold, demo, latency, quality, report
+
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure tome_fx beside its peers.")
     commands = parser.add_subparsers(required=True)
     for module in (latency, cold, quality, demo, report):
@@ -15,8 +16,6 @@ def main() -> None:
         module.add_arguments(command)
         command.set_defaults(main=module.main)
     arguments = parser.parse_args()
-    for library in ("transformers", "torchao", "bitsandbytes"):  # they tell of optional parts that are not installed
-        logging.getLogger(library).setLevel(logging.ERROR)
     arguments.main(arguments)
 
 
