@@ -15,7 +15,7 @@ from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
 from bench import latency, measure, models, variants
-from tome_fx.capture import share
+from tome_fx.families.unet import share
 
 MODES = ("default", "regional")
 WAYS: dict[str, Callable[[Any], nn.Module]] = {

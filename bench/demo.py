@@ -19,8 +19,8 @@ import tome_fx
 from bench import measure, shapes, tables, viz
 from bench.shapes.scenes import HELD_OUT, SIDE, numbered
 from bench.variants import VARIANTS, AsUNet, Setting, prepare, sample_first
-from tome_fx.capture import share
-from tome_fx.inputs import example_inputs
+from tome_fx.families.inputs import example_inputs
+from tome_fx.families.unet import share
 
 NOTE = "Real images, from trained weights that come with the project; the i-th from prompt i and seed i in every row."
 ROWS = ("sdpa", "compile", "tomesd+sdpa", "tome_fx", "tome_fx+compile", "tomesd+compile")

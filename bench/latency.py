@@ -18,7 +18,7 @@ from bench.cells import SUITES, Cell, suite
 from bench.tables import table
 from bench.variants import MODES, SCOPES, VARIANTS, AsUNet, Setting, merged, prepare
 from tome_fx import ops, plan
-from tome_fx.capture import find_sites
+from tome_fx.families.unet import find_sites
 
 NOTE = "Weights are random, from a seed: latency does not depend on them."
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from tome_fx.inputs import example_inputs
+from tome_fx.families.inputs import example_inputs
 
 # Where a config departs from UNet2DConditionModel's defaults, which are Stable Diffusion 1's but for the context.
 CONFIGS: dict[str, dict[str, Any]] = {

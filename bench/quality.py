@@ -23,8 +23,8 @@ from bench.metrics import Images, compare, judging, perceiving
 from bench.quality_tables import table
 from bench.shapes.scenes import HELD_OUT, SIDE, Scene, draw, numbered
 from bench.variants import SCOPES, AsUNet
-from tome_fx.capture import share
-from tome_fx.inputs import example_inputs
+from tome_fx.families.inputs import example_inputs
+from tome_fx.families.unet import share
 
 ROUNDS = 9  # of timed calls
 

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 import tome_fx
 from tome_fx import ops
-from tome_fx.capture import find_sites, share
-from tome_fx.specialize import Pass, specialize
+from tome_fx.families.unet import find_sites, share
+from tome_fx.graph.specialize import Pass, specialize
 
 SCOPES = {
     "attn": {},

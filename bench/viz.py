@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tome_fx.api import transformed
-from tome_fx.capture import merged_sites
+from tome_fx.families.unet import merged_sites
 from tome_fx.plan import downsampled
 
 

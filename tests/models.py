@@ -17,8 +17,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from tome_fx import ops
-from tome_fx.capture import find_sites
-from tome_fx.inputs import example_inputs
+from tome_fx.families.inputs import example_inputs
+from tome_fx.families.unet import find_sites
 from tome_fx.plan import Grid, Plan
 
 TEXT_TOKENS = 5  # few, as no test depends on how many there are

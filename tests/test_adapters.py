@@ -31,8 +31,8 @@ from torch._dynamo.utils import counters
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tome_fx import TransformError, set_ratio, transform
-from tome_fx.capture import find_sites
-from tome_fx.inputs import example_inputs
+from tome_fx.families.inputs import example_inputs
+from tome_fx.families.unet import find_sites
 
 pytestmark = [
     pytest.mark.usefixtures("seeded"),

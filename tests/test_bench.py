@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench import cold, demo, latency, measure, models, report, shapes, tables, variants, viz
 from bench.cells import Cell, suite
-from tome_fx.capture import share
+from tome_fx.families.unet import share
 
 RESULTS = sorted(report.RESULTS.glob("*.json"))
 

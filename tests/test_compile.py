@@ -43,8 +43,9 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tome_fx import ops, set_ratio, specialize, transform
-from tome_fx.capture import find_sites
+from tome_fx import ops, set_ratio, transform
+from tome_fx.families.unet import find_sites
+from tome_fx.graph import specialize
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),

@@ -17,7 +17,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
 
 from tome_fx import Diagnosis, Finding, TransformError, diagnose, set_ratio, transform
-from tome_fx.diagnose import _fallbacks
+from tome_fx.tools.diagnose import _fallbacks
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),

@@ -22,7 +22,7 @@ from diffusers import UNet2DConditionModel
 from models import inputs, output, relative_error, sd15, sd21, sdxl
 
 import tome_fx
-from tome_fx.capture import find_sites
+from tome_fx.families.unet import find_sites
 
 SEEDS = range(3)
 UNETS = {"sd15": sd15, "sd21": sd21, "sdxl": sdxl}

@@ -24,7 +24,7 @@ from bench.cells import Case
 from bench.metrics import Images
 from bench.shapes.scenes import HELD_OUT, SIDE, draw, numbered
 from tome_fx import ops
-from tome_fx.capture import share
+from tome_fx.families.unet import share
 
 mpl.use("agg")
 

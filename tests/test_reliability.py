@@ -37,7 +37,8 @@ from models import (
 )
 from torch import Tensor, nn
 
-from tome_fx import TransformError, ops, set_ratio, specialize, transform
+from tome_fx import TransformError, ops, set_ratio, transform
+from tome_fx.graph import specialize
 from tome_fx.plan import downsampled
 
 SCOPES = ("merge_attn", "merge_crossattn", "merge_mlp")

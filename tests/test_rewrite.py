@@ -1,4 +1,4 @@
-"""The contract of `tome_fx.rewrite`.
+"""The contract of `tome_fx.graph.rewrite`.
 
 The passes change a graph in place at the modules they are told, at every call of these and at no other, and return
 how many calls that was. Every merge has one unmerge, with the same slot map, and nobody reads a merged result past
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from tome_fx import ops, plan
-from tome_fx.rewrite import insert_match, insert_merge
-from tome_fx.trace import Template
+from tome_fx.graph.rewrite import insert_match, insert_merge
+from tome_fx.graph.trace import Template
 
 RATIO = 0.5
 STRIDES = {"sx": 2, "sy": 2}

@@ -1,4 +1,4 @@
-"""The contract of `tome_fx.trace` and `tome_fx.specialize`, on modules that have nothing to do with diffusers.
+"""The contract of `tome_fx.graph`, on modules that have nothing to do with diffusers.
 
 A forward is traced once for every kind of call, with its own names for its inputs and every child a leaf, and
 nothing outside of the trace is changed. The class made of the graphs passes for the original's, does what the
@@ -24,9 +24,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from tome_fx.graph.specialize import Pass, specialize
+from tome_fx.graph.trace import Template, call, kind
 from tome_fx.plan import TransformError
-from tome_fx.specialize import Pass, specialize
-from tome_fx.trace import Template, call, kind
 
 TOKENS: Mapping[str, Hashable] = {"x": "3d"}
 

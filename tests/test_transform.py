@@ -48,8 +48,9 @@ from peft import LoraConfig
 from torch import Tensor, fx, nn
 
 import tome_fx
-from tome_fx import TransformError, ops, specialize, transform
-from tome_fx.capture import find_sites
+from tome_fx import TransformError, ops, transform
+from tome_fx.families.unet import find_sites
+from tome_fx.graph import specialize
 
 MODELS = [sd15, sd21, sdxl, controlnet, gligen, two_stages]
 SCOPES = {"merge_attn": "attn1", "merge_crossattn": "attn2", "merge_mlp": "ff"}

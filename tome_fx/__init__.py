@@ -1,10 +1,10 @@
 """Token merging as a compiler pass: a diffusers UNet in, one with fewer tokens out, `torch.compile` takes it whole."""
 
 from tome_fx.api import set_ratio, transform
-from tome_fx.diagnose import Diagnosis, Finding, diagnose
-from tome_fx.explain import Report, Row, explain
 from tome_fx.plan import TransformError, __version__
-from tome_fx.schedule import RatioSchedule
+from tome_fx.tools.diagnose import Diagnosis, Finding, diagnose
+from tome_fx.tools.explain import Report, Row, explain
+from tome_fx.tools.schedule import RatioSchedule
 
 __all__ = [
     "Diagnosis",

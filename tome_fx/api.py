@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tome_fx.capture import MODELS, Model, given, merged_sites, rewritten_classes, share
+from tome_fx.families.unet import MODELS, Model, given, merged_sites, rewritten_classes, share
+from tome_fx.graph.rewrite import RATIO_SIZE
+from tome_fx.graph.specialize import with_own_code
 from tome_fx.plan import Plan, TransformError
-from tome_fx.rewrite import RATIO_SIZE
-from tome_fx.specialize import with_own_code
 
 MERGING = "tome_fx"  # the attribute of a transformed model that holds its Merging
 

@@ -18,9 +18,9 @@ from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from diffusers.models.unets.unet_motion_model import UNetMotionModel
 from torch import nn
 
-from tome_fx.passes import MatchPass, MergePass
+from tome_fx.graph.passes import MatchPass, MergePass
+from tome_fx.graph.specialize import specialize
 from tome_fx.plan import Plan, TransformError, downsampled
-from tome_fx.specialize import specialize
 
 VIDEO = (UNetMotionModel, UNet3DConditionModel)  # frames of a clip, which are a batch of images to what is rewritten
 MODELS = (UNet2DConditionModel, ControlNetModel, *VIDEO)

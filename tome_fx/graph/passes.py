@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from tome_fx.graph.rewrite import insert_match, insert_merge
 from tome_fx.ops import SlotMap
 from tome_fx.plan import SCOPES, TransformError
-from tome_fx.rewrite import insert_match, insert_merge
 
 KEEPING_PROCESSORS = ("CrossAttnStoreProcessor",)  # of self-attention guidance, which maps its weights to pixels
 # Of perturbed-attention guidance and of text-to-video zero: they attend in parts of the batch, or across it, and would

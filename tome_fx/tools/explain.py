@@ -9,10 +9,10 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from tome_fx.api import transformed
-from tome_fx.capture import VIDEO, Model, merged_sites, share
-from tome_fx.inputs import example_inputs
+from tome_fx.families.inputs import example_inputs
+from tome_fx.families.unet import VIDEO, Model, merged_sites, share
+from tome_fx.graph.specialize import original
 from tome_fx.plan import Grid, downsampled, integer
-from tome_fx.specialize import original
 
 
 @dataclass(frozen=True)

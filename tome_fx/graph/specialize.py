@@ -24,8 +24,8 @@ from typing import Any, NoReturn
 import torch
 from torch import fx, nn
 
+from tome_fx.graph.trace import Template, kind
 from tome_fx.plan import TransformError
-from tome_fx.trace import Template, kind
 
 Pass = Callable[[fx.Graph], int]
 

@@ -1,0 +1,1 @@
+"""What is known of diffusers' models, a file for each kind; the only files that import diffusers' models."""
