@@ -51,7 +51,8 @@ def complaints(name: str, source: str) -> list[str]:
     for imported in sorted(imports(source)):
         top, _, inner = imported.partition(".")
         target = inner.partition(".")[0]
-        allowed = LAYERS[LAYERS.index(layer) + ("." not in name) :]  # a folder's files may import one another
+        folder = "." in name or (PACKAGE / name).is_dir()  # whose files may import one another
+        allowed = LAYERS[LAYERS.index(layer) + (not folder) :]
         if not top:
             wrong.append(f"{name} imports {imported}, a relative path")
         elif top == "tome_fx" and target not in allowed:

@@ -24,8 +24,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from tome_fx.graph.nodes import call
+from tome_fx.graph.rewrite import insert_merge
+from tome_fx.graph.scopes import Scope
 from tome_fx.graph.specialize import Pass, specialize
-from tome_fx.graph.trace import Template, call, kind
+from tome_fx.graph.trace import Structure, kind, trace
 from tome_fx.plan import TransformError
 
 TOKENS: Mapping[str, Hashable] = {"x": "3d"}
@@ -37,7 +40,7 @@ def nothing(graph: fx.Graph) -> int:
 
 
 def doubled(child: Callable[..., Any], *args: Any) -> Any:
-    """A function that the tests name as a leaf. Traced into, it would be a call of the child and a product."""
+    """A function that the tests have graphs call. Traced into, it would be a call of the child and a product."""
     return child(*args) * 2
 
 
@@ -190,7 +193,7 @@ def test_every_kind_of_call_has_one_graph_and_does_what_the_original_does(negate
 
     module = Own(negate=negate, mode=mode)
     module.twice = twice
-    result = specialized(module, live=("twice",))
+    result = specialized(module)
     cls = type(result)
     assert len(cls.graphs) == 1
     assert cls.graph is next(iter(cls.graphs.values()))
@@ -211,9 +214,9 @@ def test_an_item_of_a_dict_that_forward_reads_reaches_it() -> None:
 
 def test_inputs_keep_their_names_and_defaults() -> None:
     module = Branches()
-    template = Template(type(module), module, ("twice",), ())
-    for signature in (("3d", None, None, False), ("3d", "3d", (("bias", "3d"),), True)):
-        graph = template.trace(signature, (False,))
+    structure = Structure.of(module, type(module))
+    for kinds in (("3d", None, None, False), ("3d", "3d", (("bias", "3d"),), True)):
+        graph = trace(structure, kinds, structure.settings(module))
         graph.lint()
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         assert [node.name for node in placeholders] == ["x", "context", "options", "flag"]
@@ -269,21 +272,21 @@ def test_a_trace_leaves_the_module_as_it_is_and_keeps_none_of_its_weights() -> N
     assert weight() is None
 
 
-def test_a_live_attribute_that_changes_is_a_new_kind_of_call() -> None:
+def test_a_plain_attribute_that_changes_is_a_new_kind_of_call() -> None:
     class Own(Branches):
         """A class that no other test has called."""
 
     module = Own()
-    result = specialized(module, live=("twice",))
+    result = specialized(module)
     for value, graphs in ((True, 2), (False, 2), (None, 3), (True, 3), (2, 4)):
         module.twice = result.twice = value
         assert_same_output(result(inputs()["x"]), module(inputs()["x"]))
         assert len(type(result).graphs) == graphs
 
 
-def test_leaves_are_called_from_the_graph_and_not_entered() -> None:
+def test_named_functions_and_functions_of_the_module_are_called_from_the_graph_and_not_entered() -> None:
     module = Leaves()
-    result = specialized(module, leaves=("doubled", "through"))
+    result = specialized(module, calls=("doubled",))
     nodes = {node.name: node for node in type(result).graph.nodes}
     assert [node.op for node in nodes.values()].count("call_module") == 0
     assert nodes["doubled"].target is doubled
@@ -345,26 +348,38 @@ def without_a_child() -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("other", [Branches, lambda: Branches(width=8)], ids=["weights", "width"])
-def test_modules_of_equal_structure_share_a_class_and_its_code(other: Callable[[], nn.Module]) -> None:
-    first, second = (specialize(m, nothing, example=TOKENS, live=("twice",)) for m in (Branches(), other()))
+@pytest.mark.parametrize(
+    "other",
+    [
+        Branches,
+        lambda: Branches(width=8),
+        lambda: Branches(negate=True),
+        lambda: Branches(mode="square"),
+        lambda: Branches().eval(),
+    ],
+    ids=["weights", "width", "flag", "string", "eval mode"],
+)
+def test_modules_of_equal_structure_share_a_class_and_each_does_its_own(
+    other: Callable[[], nn.Module],
+) -> None:
+    first, second = (specialize(m, nothing, example=TOKENS) for m in (Branches(), other()))
     assert first is second
     assert first.forward.__code__ is second.forward.__code__
+    module: Any = other()
+    x = torch.randn(2, 6, module.proj.in_features)
+    assert_same_output(specialized(module)(x), module(x))
 
 
 @pytest.mark.parametrize(
     "other, options",
     [
-        (lambda: Branches(negate=True), {}),
-        (lambda: Branches(mode="square"), {}),
-        (lambda: Branches().eval(), {}),
         (fewer_children, {}),
         (without_a_child, {}),
-        (Branches, {"live": ("missing",)}),
-        (Branches, {"leaves": ("doubled",)}),
+        (Branches, {"calls": ("doubled",)}),
+        (Branches, {"check": lambda module: None}),
         (Branches, {"rewrite": lambda graph: 0}),
     ],
-    ids=["flag", "string", "eval mode", "length of a list", "a child of None", "live", "leaves", "pass"],
+    ids=["length of a list", "a child of None", "calls", "check", "pass"],
 )
 def test_modules_that_differ_in_what_decides_the_graph_share_nothing(
     other: Callable[[], nn.Module], options: dict[str, Any]
@@ -408,7 +423,7 @@ def test_a_traceback_shows_the_generated_lines() -> None:
         result(torch.zeros(2, 6, 5))
     text = "".join(traceback.format_exception(caught.value))
     assert "    proj = self.proj(x)" in text
-    assert "return getattr(self, variant(type(self), kinds, flags))(x, context, options, flag)" in text
+    assert "return getattr(self, method_for(type(self), kinds, settings))(x, context, options, flag)" in text
     assert "<tome_fx Branches.forward_0 " in text
 
 
@@ -424,7 +439,7 @@ def test_a_kind_first_met_while_compiling_is_one_compile_and_none_on_return() ->
         return graph_module.forward
 
     module = Own()
-    result = specialized(module, live=("twice",))
+    result = specialized(module)
     compiled: Any = torch.compile(result, backend=backend, fullgraph=True)
     calls = kinds_of_calls()[:5]
     for again in range(2):
@@ -478,24 +493,142 @@ def test_threads_that_specialize_equal_modules_at_once_get_one_class() -> None:
 
 
 class Scaled(nn.Module):
-    def __init__(self, by: int) -> None:
+    """Reads one number in every call and another, or its absence, in some."""
+
+    def __init__(self, by: int, shift: int | None = None) -> None:
         super().__init__()
-        self.by = by
+        self.by, self.shift = by, shift
         self.lists = nn.ModuleList()
 
-    def forward(self, x: Tensor, bias: float = 1.0) -> Tensor:
+    def forward(self, x: Tensor, bias: float = 1.0, shifted: bool = False) -> Tensor:
         for child in self.lists:
             x = child(x)
+        if shifted:
+            x = x - 1 if self.shift is None else x + self.shift
         return x * self.by + bias
 
 
-def test_numbers_that_forward_reads_tell_modules_apart() -> None:
+def test_numbers_that_forward_reads_are_each_modules_own_in_every_kind_of_call() -> None:
     x = torch.ones(1, 2, 3)
-    for by in (2, 3):
-        module: nn.Module = Scaled(by)
+    for by, shift in ((2, 5), (3, 5), (3, 7), (3, None)):
+        module: nn.Module = Scaled(by, shift)
         module.__class__ = specialize(module, nothing, example={"x": "3d"})
         assert torch.equal(module(x), x * by + 1)
         assert torch.equal(module(x, bias=0.5), x * by + 0.5)
+        assert torch.equal(module(x, shifted=True), (x + (-1 if shift is None else shift)) * by + 1)
+
+
+def test_an_attribute_that_becomes_a_function_is_called_from_the_graph() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(4, 4)
+            self.through: Any = None
+
+        def forward(self, x: Tensor) -> Any:
+            return self.proj(x) if self.through is None else self.through(self.proj, x)
+
+    module, x = Late(), inputs()["x"]
+    result = specialized(module)
+    assert_same_output(result(x), module(x))
+    seen: list[Any] = []
+    for changed in (module, result):
+        changed.through = lambda child, x: (seen.append(child), child(x) * 2)[1]
+    assert_same_output(result(x), module(x))
+    assert seen == [result.proj, module.proj]
+
+
+class Signatures(nn.Module):
+    """Every kind of parameter that Python has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, gain: Any = 2, *more: Any, bias: Any, last: Any = None, **options: Any) -> Any:
+        x = self.proj(x) * gain + bias
+        for item in more:
+            x = x if item is None else x + item
+        return x, last, options.get("named"), sorted(options)
+
+
+@pytest.mark.parametrize("rewrite", [nothing, functools.partial(insert_merge, scopes=[Scope("proj", tokens="x")])])
+def test_keyword_only_and_variable_parameters_are_those_of_the_original(rewrite: Any) -> None:
+    module, i = Signatures(), inputs()
+    result = specialized(module, rewrite, example={"x": "3d", "bias": "3d"})
+    x, other = i["x"], i["bias"]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x,), {"bias": other}),
+        ((x, 3), {"bias": 1.0}),
+        ((x, 3, other, None), {"bias": other, "last": other}),
+        ((), {"x": x, "bias": other, "named": other, "other": None}),
+    ]
+    for args, kwargs in calls:
+        assert_same_output(result(*args, **kwargs), module(*args, **kwargs))
+    with pytest.raises(TypeError, match="bias"):
+        result(x)
+
+
+def scaled(name: str) -> Callable[[Any], Any]:
+    """A decorator as diffusers' `apply_lora_scale`: it takes an option out and does something around the forward."""
+
+    def decorator(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            scale = kwargs.pop(name, 1.0)
+            try:
+                return forward(self, *args, **kwargs) * scale
+            finally:
+                self.calls += 1
+
+        return wrapper
+
+    return decorator
+
+
+class Decorated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.calls = nn.Linear(4, 4), 0
+
+    @scaled("outer")
+    @scaled("inner")
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.proj(x)
+        return result
+
+
+def test_decorators_are_seen_through_and_stay_around_the_rewritten_forward() -> None:
+    module: Any = Decorated()
+    x = inputs()["x"]
+    result = specialized(module)
+    assert [node.name for node in type(result).graph.nodes] == ["x", "proj", "output"]
+    assert_same_output(result(x, outer=2.0, inner=3.0), module(x, outer=2.0, inner=3.0))
+    assert result.calls == 2
+    other = specialized(Decorated(), functools.partial(nothing))
+    assert type(other).forward.__code__ is not type(result).forward.__code__, "they would share dynamo's cache"
+
+
+def test_a_decorator_that_hides_what_it_wraps_is_an_error() -> None:
+    class Wrapper:
+        def __init__(self, function: Any) -> None:
+            self.__wrapped__ = function
+
+        def __get__(self, instance: Any, owner: Any = None) -> Any:
+            return self if instance is None else functools.partial(self.__wrapped__, instance)
+
+    class Hidden(nn.Module):
+        @Wrapper
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    with pytest.raises(TransformError, match=r"the decorator of .*Hidden\.forward hides what it wraps"):
+        specialize(Hidden(), nothing, example={"x": "3d"})
+
+
+def test_a_generated_class_that_is_called_makes_a_module_of_the_original() -> None:
+    cls = specialize(Branches(), nothing, example=TOKENS)
+    assert type(cls()) is Branches
 
 
 def test_what_cannot_be_traced_is_named_with_the_call() -> None:
@@ -503,5 +636,5 @@ def test_what_cannot_be_traced_is_named_with_the_call() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(TransformError, match=r"could not trace Asking.forward for a call of x: 3d: "):
+    with pytest.raises(TransformError, match=r"could not trace .*\.Asking\.forward for a call of x: 3d: "):
         specialize(Asking(), nothing, example={"x": "3d"})

@@ -1,26 +1,33 @@
 """The public verbs: check the arguments, copy the structure, swap the classes.
 
-NOTE [A forward of the model's own]
+NOTE [A class of the model's own]
 dynamo compiles one code object at most 8 times, and every UNet of a process has the same forward. So a transformed
-model has a copy of that function on the instance, whose code object belongs to the plan: each ratio has the limit
-to itself, and models of the same plan share what is compiled. The code does nothing that the original's does not.
-A new ratio makes a new function. Where offloading hooks have been wrapped around the old one, which then cannot be
-replaced, it is given the new code instead.
+model is of a class derived from its own, which bears its name and whose forward is a copy with a code object that
+belongs to the plan: each ratio has the limit to itself, and models of the same plan share what is compiled. The code
+does nothing that the original's does not. It is the class that has it, not the instance: a forward bound to one model
+would be that model's in every shallow copy of it, such as the replicas of `nn.DataParallel`, and would keep the model
+alive in a circle.
+
+NOTE [One ratio]
+The ratio is one attribute of one object, which the modules that match tokens share and read when they run. So a change
+of it is one assignment, seen by all of them or by none. A thread that is compiling reads it more than once, so nothing
+is changed while one does.
 """
 
-import types
-from dataclasses import dataclass, replace
+import contextlib
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tome_fx.families.unet import MODELS, Model, given, merged_sites, rewritten_classes, share
-from tome_fx.graph.rewrite import RATIO_SIZE
-from tome_fx.graph.specialize import with_own_code
-from tome_fx.plan import Plan, TransformError
-
-MERGING = "tome_fx"  # the attribute of a transformed model that holds its Merging
+from tome_fx import ops
+from tome_fx.families.refusals import replaced_by
+from tome_fx.families.unet import MODELS, Model, merged_sites, placed_by_users, rewritten_classes, share
+from tome_fx.graph.specialize import original, with_own_code
+from tome_fx.plan import MERGING, Plan, TransformError
 
 
 def transform(
@@ -36,6 +43,7 @@ def transform(
     merge_crossattn: bool = False,
     merge_mlp: bool = False,
     prop_attn: bool = False,
+    share_match: bool = False,
     dynamic_ratio: bool = False,
 ) -> Model:
     """Give a UNet token merging: similar image tokens are averaged before attention and copied back after it.
@@ -63,6 +71,8 @@ def transform(
         prop_attn: Weigh each merged token in self-attention by how many tokens it stands for, which is meant to keep
             the image closer to the original. False is what tomesd does, and leaves attention without a mask, which
             some of a GPU's kernels cannot take.
+        share_match: Match before the first block of each transformer alone and merge in all its blocks by that, where
+            False matches before every block, as tomesd does. SDXL's transformers have up to ten blocks.
         dynamic_ratio: Make the number of kept tokens a dynamic size, so that one compiled graph serves every ratio
             that `set_ratio` gives it. The ratio is then a whole number of thousandths, and at 0 tokens are still
             matched. False compiles once for each ratio, and 0 is free.
@@ -71,7 +81,7 @@ def transform(
         TypeError: An argument is of the wrong type; `model` is a pipeline, say.
         ValueError: An option is out of range, or would do nothing.
         TransformError: The model cannot be transformed: it has no block that the options reach, is transformed
-            already, is compiled already, or has offloading hooks in place.
+            already, is compiled already, has offloading hooks in place, or another library has patched it.
 
     Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion" (2023), https://arxiv.org/abs/2303.17604.
     """
@@ -86,13 +96,21 @@ def transform(
         merge_crossattn=merge_crossattn,
         merge_mlp=merge_mlp,
         prop_attn=prop_attn,
+        share_match=share_match,
         dynamic_ratio=dynamic_ratio,
     )
     _check_model(model)
-    result = share(model, given(model))
+    result = share(model, placed_by_users(model))
     for module in result.modules():
         vars(module).pop("forward", None)  # the class's own, which hooks leave there: it would hide the rewritten one
-    _install(result, plan)
+    merging = Merging(plan)
+    setattr(result, MERGING, merging)
+    for path, cls in rewritten_classes(model, plan).items():
+        result.get_submodule(path).__class__ = cls
+    for path in {site.transformer for site in merged_sites(model, plan)}:
+        setattr(result.get_submodule(path), MERGING, merging)
+    own: Any = with_own_code(type(model), plan)
+    result.__class__ = own
     return result
 
 
@@ -115,20 +133,41 @@ def set_ratio(model: nn.Module, ratio: float) -> None:
     model, merging = transformed(model)
     plan = replace(merging.plan, ratio=ratio)
     if plan != merging.plan:
-        _install(model, plan)
+        own = with_own_code(original(type(model)), plan)
+        with _nothing_compiling():
+            merging.ratio = _as_read(plan)
+            model.__class__ = own
 
 
-@dataclass(frozen=True)
 class Merging:
-    """What a transformed model knows of itself.
+    """What a transformed model and those of its modules that match tokens know of its merging; one object for them all.
 
     Args:
-        plan: What is merged.
-        forward: The model's own function; see NOTE [A forward of the model's own].
+        plan: What is merged. The attribute of this name has the present ratio.
     """
 
-    plan: Plan
-    forward: types.FunctionType
+    def __init__(self, plan: Plan) -> None:
+        self.options = plan
+        self.ratio = _as_read(plan)  # the one thing that changes: see NOTE [One ratio]
+
+    @property
+    def plan(self) -> Plan:
+        """The options, with the ratio of now."""
+        ratio = self.ratio
+        return replace(self.options, ratio=ops.size_as_ratio(ratio) if isinstance(ratio, Tensor) else ratio)
+
+
+def _as_read(plan: Plan) -> float | Tensor:
+    """The plan's ratio as graphs read it."""
+    return ops.ratio_as_size(plan.ratio) if plan.dynamic_ratio else float(plan.ratio)
+
+
+@contextlib.contextmanager
+def _nothing_compiling() -> Iterator[None]:
+    """Wait for a compile in another thread, and have one that starts meanwhile wait: see NOTE [One ratio]."""
+    convert_frame = sys.modules.get("torch._dynamo.convert_frame")  # not there before anything was compiled
+    with contextlib.nullcontext() if convert_frame is None else convert_frame.compile_lock:
+        yield
 
 
 def transformed(model: nn.Module) -> tuple[nn.Module, Merging]:
@@ -146,50 +185,63 @@ def transformed(model: nn.Module) -> tuple[nn.Module, Merging]:
     return model, merging
 
 
-def _install(model: nn.Module, plan: Plan) -> None:
-    """Make the model one of this plan, in place: its classes, the tensor that says a dynamic ratio, its forward."""
-    for path, cls in rewritten_classes(model, plan).items():
-        model.get_submodule(path).__class__ = cls
-    if plan.dynamic_ratio:
-        with torch.inference_mode(False):  # an inference tensor fails the guard of a graph compiled outside of it
-            size = torch.empty(plan.ratio_size, 0, dtype=torch.float32, device="cpu")
-        torch._dynamo.mark_dynamic(size, 0)
-        for path in {site.transformer for site in merged_sites(model, plan)}:
-            setattr(model.get_submodule(path), RATIO_SIZE, size)
-    forward: Any = type(model).forward
-    forward = with_own_code(forward, replace(plan, ratio=plan.static_ratio or 0.0))
-    merging, current = getattr(model, MERGING, None), vars(model).get("forward")
-    if merging is None or getattr(current, "__func__", None) is merging.forward:
-        model.forward = types.MethodType(forward, model)
-    else:
-        merging.forward.__code__ = forward.__code__
-        forward = merging.forward
-    setattr(model, MERGING, Merging(plan, forward))
+def compiled_parts(model: nn.Module) -> list[nn.Module]:
+    """The modules that are compiled by themselves: by `.compile()`, by blocks, or by a compiled forward."""
+    return [
+        module
+        for module in model.modules()
+        if module._compiled_call_impl is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        or hasattr(module, "_orig_mod")
+    ]
 
 
 def _check_type(model: object) -> None:
     if not isinstance(model, MODELS):
         *names, last = (cls.__name__ for cls in MODELS)
-        hint = "; pass pipe.unet, not the pipeline" if hasattr(model, "unet") else ""
-        raise TypeError(f"model must be a {', '.join(names)} or {last}, got {type(model).__name__}{hint}")
+        found, hint = type(model).__name__, ""
+        if found in (*names, last):
+            found, hint = (
+                f"{type(model).__module__}.{found}",
+                ", a class of the same name from elsewhere",
+            )
+        elif hasattr(model, "unet"):
+            hint = "; pass pipe.unet, not the pipeline"
+        raise TypeError(f"model must be a {', '.join(names)} or {last} of diffusers, got {found}{hint}")
 
 
 def _check_model(model: nn.Module) -> None:
-    name = type(model).__name__
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+    if hasattr(model, "_orig_mod"):
+        name = type(model).__name__
         raise TransformError(f"model is compiled already ({name}): transform it first, then compile the result")
     _check_type(model)
     if hasattr(model, MERGING):
         raise TransformError(
             "model is transformed already: change its ratio with tome_fx.set_ratio, or transform the original instead"
         )
-    for path, module in model.named_modules():
-        where = f"{path or 'model'} ({type(module).__name__})"
-        if module._compiled_call_impl is not None:
-            raise TransformError(f"model is compiled already, at {where}: transform it first, then compile the result")
-        forward = vars(module).get("forward")
-        if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+    for module in compiled_parts(model):
+        where = _where(model, module)
+        raise TransformError(f"model is compiled already, at {where}: transform it first, then compile the result")
+    for module in model.modules():
+        if type(module).__module__.partition(".")[0] == "tomesd":
             raise TransformError(
-                f"forward of {where} is replaced on the instance, as offloading hooks do: transform the model first, "
-                "then enable them on the result"
+                f"model is patched by tomesd, at {_where(model, module)}: take that back with "
+                "tomesd.remove_patch(model), then transform it"
             )
+        forward = vars(module).get("forward")
+        if forward is None or getattr(forward, "__func__", None) is type(module).forward:
+            continue
+        if getattr(inspect.unwrap(forward), "__func__", None) is type(module).forward:
+            raise TransformError(
+                f"forward of {_where(model, module)} is replaced on the instance, as offloading hooks do: transform "
+                "the model first, then enable them on the result"
+            )
+        raise TransformError(
+            f"forward of {_where(model, module)} is {replaced_by(forward)} on the instance, which "
+            "merging would not go by: transform a model without that patch"
+        )
+
+
+def _where(model: nn.Module, module: nn.Module) -> str:
+    path = next(path for path, found in model.named_modules() if found is module)
+    return f"{path or 'model'} ({type(module).__name__})"

@@ -1,13 +1,7 @@
 """What to merge, in plain numbers: a frozen, checked plan and the arithmetic of the token grid.
 
-No tensor is touched here. `kept`, `kept_by_size` and `scramble` are written so that they also serve symbolic ints and
-int tensors: graphs call the same functions while they run.
-
-NOTE [A ratio as a size]
-A number that a module holds is a constant to dynamo: one compile for each value. A size of a tensor may be dynamic.
-So with `dynamic_ratio` a module holds an empty tensor whose length says the ratio in thousandths, and one graph serves
-every ratio. The length is 2 at a ratio of 0, for dynamo takes the sizes 0 and 1 as constants too. Thousandths keep
-every product below 2**31, which index arithmetic on a GPU needs.
+No tensor is touched here. `kept`, `kept_by_thousandths` and `scramble` are written so that they also serve symbolic
+ints and int tensors: graphs call the same functions while they run.
 """
 
 import math
@@ -19,8 +13,9 @@ __version__ = "0.1.0"
 # The sub-modules of a transformer block that a scope merges around, in the order in which they run.
 SCOPES = {"merge_attn": "attn1", "merge_crossattn": "attn2", "merge_mlp": "ff"}
 DOWNSAMPLES = (1, 2, 4, 8)
+MERGING = "tome_fx"  # the attribute that holds a transformed model's merging
 
-NO_RATIO, THOUSAND = 2, 1000  # see NOTE [A ratio as a size]
+THOUSAND = 1000  # a dynamic ratio is a whole number of thousandths
 
 
 class TransformError(RuntimeError):
@@ -46,6 +41,7 @@ class Plan:
     merge_crossattn: bool = False
     merge_mlp: bool = False
     prop_attn: bool = False
+    share_match: bool = False
     dynamic_ratio: bool = False
 
     def __post_init__(self) -> None:
@@ -65,7 +61,7 @@ class Plan:
             )
         if self.max_downsample is not None and integer("max_downsample", self.max_downsample) not in DOWNSAMPLES:
             raise ValueError(f"max_downsample must be None or one of {DOWNSAMPLES}, got {self.max_downsample}")
-        for name in ("use_rand", *SCOPES, "prop_attn", "dynamic_ratio"):
+        for name in ("use_rand", *SCOPES, "prop_attn", "share_match", "dynamic_ratio"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not 0 <= integer("seed", self.seed) < 2**32:
@@ -86,18 +82,8 @@ class Plan:
 
     @property
     def matches(self) -> bool:
-        """Whether tokens are compared at all: a graph made for a ratio of 0 alone has no match in it."""
+        """Whether tokens are compared at all: a dynamic ratio of 0 compares them and merges none."""
         return self.dynamic_ratio or self.ratio > 0
-
-    @property
-    def static_ratio(self) -> float | None:
-        """The ratio that graphs are made for, or None where they read it while they run."""
-        return None if self.dynamic_ratio else float(self.ratio)
-
-    @property
-    def ratio_size(self) -> int:
-        """The ratio as a size: see NOTE [A ratio as a size]."""
-        return NO_RATIO + round(self.ratio * THOUSAND)
 
     @property
     def cell_seed(self) -> int | None:
@@ -166,11 +152,6 @@ def kept_by_thousandths(height: int, width: int, thousandths: int) -> int:
     """Tokens that remain at a dynamic ratio: one fewer than `kept` where a float falls short of a whole token."""
     tokens = height * width
     return tokens - tokens * thousandths // THOUSAND
-
-
-def kept_by_size(height: int, width: int, size: Any) -> int:
-    """The same for a ratio given as the length of the tensor `size`: see NOTE [A ratio as a size]."""
-    return kept_by_thousandths(height, width, size.shape[0] - NO_RATIO)
 
 
 def scramble(x: Any) -> Any:

@@ -1,15 +1,12 @@
-"""Where image tokens are in a diffusers model, what of it is copied, and how its blocks are rewritten.
-
-The only file that knows diffusers.
-"""
+"""UNets and ControlNets: where their image tokens are, what of them is copied, and how their blocks are rewritten."""
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeVar
 
-from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -18,13 +15,34 @@ from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from diffusers.models.unets.unet_motion_model import UNetMotionModel
 from torch import nn
 
-from tome_fx.graph.passes import MatchPass, MergePass
+from tome_fx import ops
+from tome_fx.families.refusals import CheckBlock, CheckStack
+from tome_fx.graph.rewrite import MatchPass, MergePass
+from tome_fx.graph.scopes import Scope, Stack
 from tome_fx.graph.specialize import specialize
-from tome_fx.plan import Plan, TransformError, downsampled
+from tome_fx.plan import MERGING, Plan, TransformError, downsampled
 
 VIDEO = (UNetMotionModel, UNet3DConditionModel)  # frames of a clip, which are a batch of images to what is rewritten
 MODELS = (UNet2DConditionModel, ControlNetModel, *VIDEO)
 Model = TypeVar("Model", bound=nn.Module)
+
+# The modules of a BasicTransformerBlock that may see merged tokens, in the order in which they run.
+SCOPES = (
+    Scope(
+        "attn1",
+        tokens="hidden_states",
+        weights="attention_mask",
+        per_token=("attention_mask",),
+        option="merge_attn",
+    ),
+    Scope(
+        "attn2",
+        tokens="hidden_states",
+        per_token=("ip_adapter_masks",),
+        option="merge_crossattn",
+    ),
+    Scope("ff", tokens="hidden_states", option="merge_mlp"),
+)
 
 
 @dataclass(frozen=True)
@@ -93,31 +111,39 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
     """
     chosen = merged_sites(model, plan)
     _refuse_large_strides(model, plan, min(site.downsample for site in chosen))
-    scopes = plan.scopes if plan.matches else ()
+    scopes = tuple(scope for scope in SCOPES if scope.module in plan.scopes)
+    if plan.prop_attn:
+        _refuse_weights_for_the_prompt(model)
 
     # Blocks that nothing is matched for are rewritten too: handed no slot map they do what they did, and blocks of
-    # merged and unmerged levels compile as one (NOTE [One class per distinct graph]).
+    # merged and unmerged levels compile as one (NOTE [One class per structure]).
     classes = {
         site.path: specialize(
             model.get_submodule(site.path),
-            MergePass(scopes, plan.prop_attn and plan.matches),
+            MergePass(scopes, plan.prop_attn),
             example={"hidden_states": "3d", "encoder_hidden_states": "3d"},
-            live=("training", "_chunk_size", "_chunk_dim"),
-            leaves=("_chunked_feed_forward",),
+            calls=("_chunked_feed_forward",),
+            check=CheckBlock(scopes, plan.prop_attn),
         )
         for site in find_sites(model)
     }
-    known = TransformerBlockRegistry.get(BasicTransformerBlock)  # where layer skipping looks up what a block returns
-    for cls in set(classes.values()):
-        TransformerBlockRegistry.register(cls, replace(known, _cached_parameter_indices=None))
+    _register_for_layer_skipping(set(classes.values()))
     for path in dict.fromkeys(site.transformer for site in chosen):
         blocks = tuple(site.block for site in chosen if site.transformer == path)
+        parameters = inspect.signature(BasicTransformerBlock.forward).parameters.values()
+        stack = Stack(
+            blocks,
+            tokens="hidden_states",
+            defaults=tuple(p.default for p in parameters)[1:],
+            image="hidden_states",
+            grid=ops.grid_of,
+            ratio=f"{MERGING}.ratio",
+        )
         classes[path] = specialize(
             model.get_submodule(path),
-            MatchPass(plan.static_ratio, plan.sx, plan.sy, plan.cell_seed, blocks if plan.matches else ()),
+            MatchPass(stack, plan.sx, plan.sy, plan.cell_seed, once=plan.share_match),
             example={"hidden_states": "4d", "encoder_hidden_states": "3d", "return_dict": False},
-            live=("training", "gradient_checkpointing"),
-            leaves=("_gradient_checkpointing_func",),
+            check=CheckStack(blocks),
         )
     return classes
 
@@ -130,7 +156,7 @@ def share(model: Model, more: Iterable[object] = ()) -> Model:
         raise TransformError(f"the structure of {type(model).__name__} cannot be copied: {error}") from error
 
 
-def given(model: nn.Module) -> Iterator[object]:
+def placed_by_users(model: nn.Module) -> Iterator[object]:
     """What users have put into the model and may hold on to: attention processors and hooks, whatever these refer to.
 
     A copy would fill a copy of their owner's store. Those that are modules, or bound to one, are the model's own.
@@ -140,6 +166,22 @@ def given(model: nn.Module) -> Iterator[object]:
         for value in (getattr(module, "processor", None), *chain.from_iterable(found.values() for found in hooks)):
             if not isinstance(value, nn.Module) and not isinstance(getattr(value, "__self__", None), nn.Module):
                 yield value
+
+
+def _register_for_layer_skipping(classes: Iterable[type[nn.Module]]) -> None:
+    """Enter rewritten blocks where diffusers' layer skipping looks up what a block takes and returns.
+
+    That register is private to diffusers: where there is none, or another, layers of a transformed model cannot be
+    skipped, and all else works.
+    """
+    try:
+        from diffusers.hooks._helpers import TransformerBlockRegistry
+
+        known = TransformerBlockRegistry.get(BasicTransformerBlock)
+        for cls in classes:
+            TransformerBlockRegistry.register(cls, replace(known, _cached_parameter_indices=None))
+    except (ImportError, AttributeError, TypeError):
+        return
 
 
 def _stages(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
@@ -156,6 +198,16 @@ def _stages(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     for path, stage in model.named_modules():
         if stage in factors:
             yield path, stage, factors[stage]
+
+
+def _refuse_weights_for_the_prompt(model: nn.Module) -> None:
+    """In a block of only_cross_attention attn1 attends to the prompt, whose tokens are not merged."""
+    for site in find_sites(model):
+        if getattr(model.get_submodule(site.path), "only_cross_attention", False):
+            raise TransformError(
+                f"attn1 of {site.path} attends to the prompt in a block of only_cross_attention, whose tokens are not "
+                "merged: prop_attn=True has none to weigh there. Transform with prop_attn=False"
+            )
 
 
 def _refuse_large_strides(model: nn.Module, plan: Plan, finest: int) -> None:

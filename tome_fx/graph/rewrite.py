@@ -1,37 +1,76 @@
-"""The pass: graph in, the same graph with match, merge and unmerge nodes, and the number of sites changed.
+"""The two passes: graph in, the same graph with match, merge and unmerge nodes, and the number of calls changed.
 
-Nothing here knows diffusers. A graph is a `torch.fx.Graph`; the modules to act on are named by the caller.
+Nothing here knows diffusers. A graph is a `torch.fx.Graph`; what to act on is described by the caller, as a `Stack` of
+blocks that share a grid and as `Scope`s, the modules in a block that see merged tokens.
 """
 
-from collections.abc import Callable, Collection
-from typing import Any
+import operator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import fx
 
-from tome_fx import ops, plan
+from tome_fx import ops
+from tome_fx.graph import nodes
+from tome_fx.graph.scopes import Scope, Stack
+from tome_fx.plan import TransformError
 
-RATIO_SIZE = "ratio_size"  # the attribute that holds a ratio as a size: see NOTE [A ratio as a size]
 
+@dataclass(frozen=True)
+class MatchPass:
+    """The pass for a module that calls a stack of blocks: a slot map for each of them, or one for all.
 
-class WithSlots:
-    """A block together with its slot map, for functions that call a block with positional arguments alone.
-
-    Not a `functools.partial`, whose `__call__` dynamo cannot trace.
+    Args:
+        stack: The blocks and their grid.
+        sx: Width of a cell, in tokens.
+        sy: Height of a cell, in tokens.
+        seed: Of the destinations, for `ops.match`.
+        once: Match before the first block alone, and hand every block that slot map.
     """
 
-    def __init__(self, block: Callable[..., Any], slots: ops.SlotMap | None) -> None:
-        self.block = block
-        self.slots = slots
+    stack: Stack
+    sx: int
+    sy: int
+    seed: int | None
+    once: bool = False
 
-    def __call__(self, *args: Any) -> Any:
-        """Call the block."""
-        return self.block(*args, slots=self.slots)
+    def __call__(self, graph: fx.Graph) -> int:
+        """Change the graph in place; returns how many blocks were handed a slot map.
+
+        Raises:
+            TransformError: A block of the stack is not called exactly once.
+        """
+        count = insert_match(graph, self.stack, sx=self.sx, sy=self.sy, seed=self.seed, once=self.once)
+        _require(count, self.stack.blocks, graph)
+        return count
 
 
-def insert_match(
-    graph: fx.Graph, blocks: Collection[str], *, image: str, ratio: float | None, sx: int, sy: int, seed: int | None
-) -> int:
-    """Plan a merge before each named block and hand the block its slot map.
+@dataclass(frozen=True)
+class MergePass:
+    """The pass for a block: the module of each scope sees merged tokens, at whatever ratio.
+
+    Args:
+        scopes: The modules.
+        weigh: Weigh merged tokens by how many they stand for, in the scopes that take weights.
+    """
+
+    scopes: tuple[Scope, ...]
+    weigh: bool = False
+
+    def __call__(self, graph: fx.Graph) -> int:
+        """Change the graph in place; returns how many modules were wrapped.
+
+        Raises:
+            TransformError: The module of a scope is not called exactly once.
+        """
+        count = insert_merge(graph, self.scopes, weigh=self.weigh)
+        _require(count, tuple(scope.module for scope in self.scopes), graph)
+        return count
+
+
+def insert_match(graph: fx.Graph, stack: Stack, *, sx: int, sy: int, seed: int | None, once: bool = False) -> int:
+    """Plan a merge before each block of the stack and hand the block its slot map.
 
     Before::
 
@@ -39,54 +78,49 @@ def insert_match(
 
     After::
 
-        height = image.size(2); width = image.size(3)
-        kept = kept(height, width, 0.5)
+        grid = grid_of(image); height = grid[0]; width = grid[1]
+        kept = kept(height, width, self.tome_fx.ratio)
         match = match(tokens, height, width, kept=kept, sx=2, sy=2, seed=7)
         x = self.block(tokens, slots=match)
 
+    A block that is called through a function, which may pass positional arguments alone, gets its slot map as the last
+    of them.
+
     Args:
         graph: Changed in place.
-        blocks: Their names in the graph.
-        image: Name of the input `[B, C, H, W]` whose grid the tokens lie on.
-        ratio: Share of the tokens to remove; None reads it off the module, by NOTE [A ratio as a size].
+        stack: The blocks and their grid.
         sx: Width of a cell, in tokens.
         sy: Height of a cell, in tokens.
-        seed: Of the destinations, for `match`.
+        seed: Of the destinations, for `ops.match`.
+        once: Match before the first block alone.
 
     Returns:
         How many blocks were given a slot map.
     """
-    calls = _calls(graph, blocks)
+    calls = list(_calls(graph, stack.blocks))
     if not calls:
         return 0
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    source = next(node for node in inputs if node.target == image)
+    image = next(node for node in inputs if node.target == stack.image)
     with graph.inserting_before(inputs[-1].next):
-        height = graph.create_node("call_method", "size", (source, 2), name="height")
-        width = graph.create_node("call_method", "size", (source, 3), name="width")
-        if ratio is None:
-            kept = graph.call_function(plan.kept_by_size, (height, width, graph.get_attr(RATIO_SIZE)))
-        else:
-            kept = graph.call_function(plan.kept, (height, width, ratio))
-    for node, _, place in calls:
-        with graph.inserting_before(node):
-            slots = graph.call_function(
-                ops.match,
-                (node.args[place], height, width),
-                {"kept": kept, "sx": sx, "sy": sy, "seed": seed},
-            )
-            if place:  # called through a function, which may pass positional arguments alone
-                bound = graph.call_function(WithSlots, (node.args[place - 1], slots))
-                node.update_arg(place - 1, bound)
-            else:
-                node.update_kwarg("slots", slots)
-        slots.meta["shape"] = "[B, N], [B, N], [B, K]"
-    _show_shapes(graph)
+        grid = graph.call_function(stack.grid, (image,))
+        height, width = (graph.call_function(operator.getitem, (grid, side)) for side in (0, 1))
+        kept = graph.call_function(ops.kept, (height, width, graph.get_attr(stack.ratio)))
+    slots: fx.Node | None = None
+    for call in calls:
+        if slots is None or not once:
+            with graph.inserting_before(call.node):
+                slots = graph.call_function(
+                    ops.match,
+                    (call.argument(stack.tokens), height, width),
+                    {"kept": kept, "sx": sx, "sy": sy, "seed": seed},
+                )
+        call.add(slots, "slots", defaults=stack.defaults)
     return len(calls)
 
 
-def insert_merge(graph: fx.Graph, modules: Collection[str], *, proportional: Collection[str] = ()) -> int:
-    """Let each named module see merged tokens; adds the input `slots`.
+def insert_merge(graph: fx.Graph, scopes: Collection[Scope], *, weigh: bool = False) -> int:
+    """Let the module of each scope see merged tokens; adds the input `slots`.
 
     Before::
 
@@ -98,67 +132,118 @@ def insert_merge(graph: fx.Graph, modules: Collection[str], *, proportional: Col
         y = self.module(merge)
         unmerge = unmerge(y, slots)
 
-    and where attention is to be proportional::
+    and where tokens are weighed and the scope takes weights::
 
         log_sizes = log_sizes(x, slots)
-        y = self.module(merge, attention_mask=log_sizes)
+        y = attend(self.module, merge, attention_mask=log_sizes)
 
     Args:
         graph: Changed in place.
-        modules: Names of modules that map tokens `[B, N, C]` to tokens, given as their first argument.
-        proportional: Those of them that are self-attention and take an `attention_mask`, to weigh each key by the
-            tokens that it stands for.
+        scopes: The modules.
+        weigh: Weigh merged tokens by how many they stand for.
 
     Returns:
         How many modules were wrapped.
     """
-    calls = _calls(graph, modules)
+    by_name = {scope.module: scope for scope in scopes}
+    calls = list(_calls(graph, by_name))
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     with graph.inserting_after(inputs[-1]):
         slots = graph.placeholder("slots", default_value=None)
-    for node, name, place in calls:
-        with graph.inserting_before(node):
-            merged = graph.call_function(ops.merge, (node.args[place], slots))
-            if name in proportional:
-                bias = graph.call_function(ops.log_sizes, (node.args[place], slots))
-                node.update_kwarg("attention_mask", bias)
-                bias.meta["shape"] = "[B, 1, K]"
-        with graph.inserting_after(node):
-            restored = graph.call_function(ops.unmerge, (node, slots))
-        node.replace_all_uses_with(restored)
-        restored.update_arg(0, node)
-        node.update_arg(place, merged)
-        merged.meta["shape"] = node.meta["shape"] = "[B, K, C]"
-        restored.meta["shape"] = "[B, N, C]"
-    _show_shapes(graph)
+    for call in calls:
+        scope = by_name[call.module]
+        tokens = call.argument(scope.tokens)
+        with graph.inserting_before(call.node):
+            for name in scope.per_token:
+                if call.node.kwargs.get(name) is not None:
+                    given = (call.node.kwargs[name], slots, name, scope.module, scope.option)
+                    checked = graph.call_function(nodes.refused_if_merged, given)
+                    call.node.update_kwarg(name, checked)
+            merged = graph.call_function(ops.merge, (tokens, slots))
+            call.replace(scope.tokens, merged)
+            if weigh and scope.weights is not None:
+                call = _weighed(call, scope.weights, graph.call_function(ops.log_sizes, (tokens, slots)))
+        _unmerge(call.node, scope.result, slots)
     return len(calls)
 
 
-def _show_shapes(graph: fx.Graph) -> None:
-    """Have the generated code end each line whose node's shape is known with that shape."""
-    shapes = {node.name: node.meta["shape"] for node in graph.nodes if "shape" in node.meta}
+class _Call(NamedTuple):
+    """A call of a named module: itself, or through a function that takes it followed by its arguments.
 
-    def annotate(body: list[str]) -> list[str]:
-        lines = "".join(body).splitlines()
-        return [
-            f"{line}  # {shapes[name]}\n" if (name := line.split(" = ")[0].strip()) in shapes else f"{line}\n"
-            for line in lines
-        ]
-
-    graph.on_generate_code(lambda before: lambda body: annotate(before(body) if before else body))
-
-
-def _calls(graph: fx.Graph, modules: Collection[str]) -> list[tuple[fx.Node, str, int]]:
-    """Every call of a named module: the node, the module's name, and the place of the tokens among its arguments.
-
-    That is 0 where the module itself is called, and after the module where it is called through a function that takes
-    it followed by its arguments, as checkpointing and chunking do.
+    `first` is the place of the module's first argument among those of the node: 0, or after the module.
     """
-    found = []
-    for node in graph.nodes:
+
+    node: fx.Node
+    module: str
+    first: int
+
+    def argument(self, name: str) -> fx.Node:
+        """The argument that the module calls `name`, or its first one if that is given by position."""
+        if name in self.node.kwargs:
+            return self.node.kwargs[name]  # type: ignore[return-value]
+        if len(self.node.args) <= self.first:
+            raise TransformError(
+                f"expected the tokens of {self.module} as its first argument or as {name}, found a call with "
+                f"{', '.join(self.node.kwargs) or 'no arguments'}"
+            )
+        return self.node.args[self.first]  # type: ignore[return-value]
+
+    def replace(self, name: str, value: fx.Node) -> None:
+        """Put another value where `argument` finds it."""
+        if name in self.node.kwargs:
+            self.node.update_kwarg(name, value)
+        else:
+            self.node.update_arg(self.first, value)
+
+    def add(self, value: fx.Node, name: str, defaults: tuple[Any, ...]) -> None:
+        """Give the module one more argument, the last that it takes by position."""
+        if self.first == 0:
+            self.node.update_kwarg(name, value)
+        else:
+            given = len(self.node.args) - self.first
+            self.node.args = (*self.node.args, *defaults[given:], value)
+
+
+def _calls(graph: fx.Graph, modules: Collection[str]) -> Iterator[_Call]:
+    """Every call of a named module, in order."""
+    for node in list(graph.nodes):
         if node.op == "call_module" and node.target in modules:
-            found.append((node, node.target, 0))
+            yield _Call(node, node.target, 0)
         for place, argument in enumerate(node.args):
             if isinstance(argument, fx.Node) and argument.op == "get_attr" and argument.target in modules:
-                found.append((node, argument.target, place + 1))
-    return found
+                yield _Call(node, str(argument.target), place + 1)
+
+
+def _weighed(call: _Call, name: str, weights: fx.Node) -> _Call:
+    """The call as one of `attend`, with the weights in the place of its mask."""
+    node = call.node
+    mask = node.kwargs.get(name)
+    with node.graph.inserting_before(node):
+        value = weights if mask is None else node.graph.call_function(nodes.either, (weights, mask))
+        if call.first == 0:
+            module = node.graph.get_attr(call.module)
+            attention = node.graph.call_function(nodes.attend, (module, *node.args), {**node.kwargs, name: value})
+            node.replace_all_uses_with(attention)
+            node.graph.erase_node(node)
+            return _Call(attention, call.module, 1)
+    node.update_kwarg(name, value)
+    return call
+
+
+def _unmerge(node: fx.Node, result: int | None, slots: fx.Node) -> None:
+    """Have everybody who reads tokens off the node's result read them unmerged."""
+    tokens = [node]
+    if result is not None:
+        tokens = [user for user in node.users if user.target is operator.getitem and user.args[1] == result]
+    for merged in tokens:
+        with node.graph.inserting_after(merged):
+            restored = node.graph.call_function(ops.unmerge, (merged, slots))
+        merged.replace_all_uses_with(restored)
+        restored.update_arg(0, merged)  # which has been replaced there as well
+
+
+def _require(count: int, modules: tuple[str, ...], graph: fx.Graph) -> None:
+    """Every module asked for must have been found: a merge that is left out silently is an option that does nothing."""
+    if count != len(modules):
+        called = sorted(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
+        raise TransformError(f"expected one call each of {', '.join(modules)}, found calls of {', '.join(called)}")

@@ -3,6 +3,12 @@
 `torch.fx.symbolic_trace` cannot: it patches `nn.Module.__call__` for the whole process while it runs, renames the
 inputs that it is told the value of, and stops at the first question about a tensor's rank. Here a stand-in for the
 module is traced instead. Its children record their calls, so nothing is patched and every input keeps its name.
+
+NOTE [What a graph depends on]
+A forward in Python branches: on which optional inputs are given, on the keys of a dict, on a flag or a number of its
+module. A graph does not. So a graph is traced for one kind of call: the `kind` of each argument and the `setting` of
+each plain attribute at that moment. All else is looked up on the module when the graph runs: weights, children, and
+attributes that are objects or functions. What modules must have in common to share their graphs is their `Structure`.
 """
 
 import dataclasses
@@ -11,13 +17,17 @@ import json
 import operator
 import types
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from inspect import Parameter
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-SINGLE = -1  # in the place of a list's length: a child that is no list
+from tome_fx.graph.nodes import call
+
+PLAIN = (bool, int, float, str, type(None))
 
 
 def kind(value: Any) -> Hashable:
@@ -29,82 +39,109 @@ def kind(value: Any) -> Hashable:
     return f"{value.ndim}d" if isinstance(value, torch.Tensor) else "opaque"
 
 
-class Template:
-    """What a trace needs of a module, and no weight of it: class, plain attributes, names of children.
+def setting(value: Any) -> Hashable:
+    """What a graph depends on in an attribute: its value if that is plain, or `...` for what is looked up."""
+    return value if isinstance(value, PLAIN) else ...
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What modules have in common whose graphs are shared, and no weight of theirs. Equal structures hash alike.
 
     Args:
-        base: The class whose forward is to be traced.
-        module: Of that class, or of one derived from it with another forward.
-        live: Names of attributes that forward reads and that are given anew for each trace.
-        leaves: Names of functions to call from the graph, not to trace into: globals of forward's module or
-            attributes of `module`. Each takes a child module, then the arguments to call it with.
+        base: The class whose forward is traced.
+        calls: Names of functions to call from the graph, not to trace into: globals of the module of `base.forward`.
+        plain: Names of attributes that are None, a bool, a number or a string; their values belong to each kind of
+            call.
+        data: Names of lists and dicts of plain values, such as a config, each with itself as JSON. They are taken for
+            constants.
+        objects: Names of attributes that are anything else, looked up when a graph runs.
+        tensors: Names of parameters and buffers.
+        children: Names of child modules, each with the length of a `ModuleList` or None for any other.
+        absent: Names of tensors and children that are None.
+        constants: The lists and dicts themselves.
     """
 
-    def __init__(
-        self, base: type[nn.Module], module: nn.Module, live: tuple[str, ...], leaves: tuple[str, ...]
-    ) -> None:
-        self.base = base
-        self.live = live
-        self.leaves = leaves
-        self.parameters = tuple(inspect.signature(self.base.forward).parameters.values())[1:]
+    base: type[nn.Module]
+    calls: tuple[str, ...]
+    plain: tuple[str, ...]
+    data: tuple[tuple[str, str], ...]
+    objects: tuple[str, ...]
+    tensors: tuple[str, ...]
+    children: tuple[tuple[str, int | None], ...]
+    absent: tuple[str, ...]
+    constants: dict[str, Any] = field(compare=False)
+
+    @classmethod
+    def of(cls, module: nn.Module, base: type[nn.Module], calls: tuple[str, ...] = ()) -> "Structure":
+        """The structure of a module of the class `base`, or of one derived from it with another forward."""
         internals = vars(nn.Module()).keys() - {"training"}
-        self.attributes = {
-            name: value
-            for name, value in vars(module).items()
-            if name not in internals and not callable(value) and not isinstance(value, torch.Tensor)
-        }
-        self.tensors = [name for name, _ in module.named_parameters(recurse=False)]
-        self.tensors += [name for name, _ in module.named_buffers(recurse=False)]
-        self.children = {
-            name: None if child is None else len(child) if isinstance(child, nn.ModuleList) else SINGLE
-            for name, child in module._modules.items()
-        }
+        attributes = {name: value for name, value in vars(module).items() if name not in (*internals, "forward")}
+        plain = [name for name, value in attributes.items() if isinstance(value, PLAIN)]
+        data = {name: text for name, value in attributes.items() if name not in plain and (text := _as_json(value))}
+        tensors = (*module._parameters.items(), *module._buffers.items())
+        children = module._modules.items()
+        return cls(
+            base=base,
+            calls=calls,
+            plain=tuple(plain),
+            data=tuple(data.items()),
+            objects=tuple(name for name in attributes if name not in plain and name not in data),
+            tensors=tuple(name for name, tensor in tensors if tensor is not None),
+            children=tuple(
+                (name, len(child) if isinstance(child, nn.ModuleList) else None)
+                for name, child in children
+                if child is not None
+            ),
+            absent=tuple(name for name, value in (*tensors, *children) if value is None),
+            constants={name: attributes[name] for name in data},
+        )
 
     @property
-    def key(self) -> Hashable:
-        """What a trace can depend on that is not a weight or a width."""
-        flags = tuple((k, v) for k, v in self.attributes.items() if isinstance(v, (bool, str)) and k not in self.live)
-        return self.base, self.live, self.leaves, flags, tuple(self.tensors), tuple(self.children.items())
+    def function(self) -> Any:
+        """The forward itself, out of its decorators."""
+        return inspect.unwrap(self.base.forward)
 
     @property
-    def data(self) -> str | None:
-        """All plain attributes as one string, or None where one of them is more than data."""
-        try:
-            return json.dumps(self.attributes)
-        except TypeError:
-            return None
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The parameters of forward, without self."""
+        return tuple(inspect.signature(self.function).parameters.values())[1:]
 
-    def trace(self, signature: tuple[Hashable, ...], flags: tuple[Hashable, ...]) -> fx.Graph:
-        """The graph of a call whose arguments are of these kinds, while the live attributes have these values."""
-        graph = fx.Graph()
-        tracer = _Tracer(graph)
-        arguments = [
-            _argument(tracer, tracer.placeholder(parameter), what)
-            for parameter, what in zip(self.parameters, signature, strict=True)
-        ]
-        standin = self.base.__new__(self.base)
-        nn.Module.__init__(standin)
-        vars(standin).update(self.attributes, **dict(zip(self.live, flags, strict=True)))
-        vars(standin).update(_modules={n: _child(tracer, n, size) for n, size in self.children.items()})
-        vars(standin).update(_parameters={n: fx.Proxy(graph.get_attr(n), tracer) for n in self.tensors})
-
-        forward = self.base.forward
-        names = dict(forward.__globals__)
-        for leaf in self.leaves:
-            if leaf in names:
-                names[leaf] = _Leaf(tracer, names[leaf])
-            else:
-                vars(standin)[leaf] = _Leaf(tracer, call, leaf)
-        forward = types.FunctionType(forward.__code__, names, closure=forward.__closure__)
-        with torch.enable_grad():  # so that a flag for training alone decides what is traced
-            graph.output(tracer.create_arg(forward(standin, *arguments)))
-        graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-        return graph
+    def settings(self, module: nn.Module) -> tuple[Hashable, ...]:
+        """The `setting` of each of the module's plain attributes now."""
+        return tuple(setting(getattr(module, name)) for name in self.plain)
 
 
-def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function that is itself a value of the graph."""
-    return function(*args, **kwargs)
+def trace(structure: Structure, kinds: tuple[Hashable, ...], settings: tuple[Hashable, ...]) -> fx.Graph:
+    """The graph of a call whose arguments are of these kinds, to a module whose plain attributes have these values.
+
+    Args:
+        structure: Of the module.
+        kinds: The `kind` of each of the structure's parameters; of `*args` and `**kwargs` that of a dict of them.
+        settings: From `Structure.settings`.
+    """
+    graph = fx.Graph()
+    tracer = _Tracer(graph)
+    positional: list[Any] = []
+    by_name: dict[str, Any] = {}
+    for parameter, what in zip(structure.parameters, kinds, strict=True):
+        value = _argument(tracer, tracer.placeholder(parameter), what)
+        if parameter.kind is Parameter.VAR_POSITIONAL:
+            positional += value.values()
+        elif parameter.kind is Parameter.VAR_KEYWORD:
+            by_name |= value
+        elif parameter.kind is Parameter.KEYWORD_ONLY:
+            by_name[parameter.name] = value
+        else:
+            positional.append(value)
+
+    names = dict(structure.function.__globals__)
+    names |= {name: _Function(tracer, names[name]) for name in structure.calls if name in names}
+    forward = types.FunctionType(structure.function.__code__, names, closure=structure.function.__closure__)
+    with torch.enable_grad():  # so that a flag for training alone decides what is traced
+        graph.output(tracer.create_arg(forward(_standin(tracer, structure, settings), *positional, **by_name)))
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    return graph
 
 
 class _Tokens(fx.Proxy):
@@ -113,12 +150,22 @@ class _Tokens(fx.Proxy):
     ndim = 3
 
 
+class _Object(fx.Proxy):
+    """An attribute that is looked up when the graph runs; if a function, it is called through `call`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", call, (self, *args), kwargs)
+
+
 class _Tracer(GraphAppendingTracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Tokens(node, self)
 
-    def placeholder(self, parameter: inspect.Parameter) -> fx.Node:
-        return self.graph.placeholder(parameter.name, default_value=parameter.default)
+    def placeholder(self, parameter: Parameter) -> fx.Node:
+        default = parameter.default
+        if default is Parameter.empty and parameter.kind > Parameter.POSITIONAL_OR_KEYWORD:
+            default = None  # a graph takes all inputs by position, where none without a default may follow one with it
+        return self.graph.placeholder(parameter.name, default_value=default)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, _Child):
@@ -140,24 +187,34 @@ class _Child:
         return self.tracer.create_proxy("call_module", self.name, args, kwargs)
 
 
-class _Leaf:
-    """Stands for a function that the graph calls; for an attribute of the module, through `call`."""
+class _Function:
+    """Stands for a function that the graph is to call and not to enter."""
 
-    def __init__(self, tracer: _Tracer, function: Callable[..., Any], attribute: str | None = None) -> None:
+    def __init__(self, tracer: _Tracer, function: Callable[..., Any]) -> None:
         self.tracer = tracer
         self.function = function
-        self.attribute = attribute
 
     def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
-        if self.attribute is not None:
-            args = (self.tracer.proxy(self.tracer.graph.get_attr(self.attribute)), *args)
         return self.tracer.create_proxy("call_function", self.function, args, kwargs)
 
 
-def _child(tracer: _Tracer, name: str, size: int | None) -> _Child | list[_Child] | None:
-    if size is None:
-        return None
-    return _Child(tracer, name) if size == SINGLE else [_Child(tracer, f"{name}.{i}") for i in range(size)]
+def _standin(tracer: _Tracer, structure: Structure, settings: tuple[Hashable, ...]) -> nn.Module:
+    """A module of the structure's class that has nothing of its own: plain values, and what records its use."""
+    standin = structure.base.__new__(structure.base)
+    nn.Module.__init__(standin)
+    values = dict(zip(structure.plain, settings, strict=True))
+    objects = [*structure.objects, *(name for name, value in values.items() if value is ...)]
+    children: dict[str, Any] = {
+        name: _Child(tracer, name) if size is None else [_Child(tracer, f"{name}.{i}") for i in range(size)]
+        for name, size in structure.children
+    }
+    vars(standin).update(
+        {**structure.constants, **values},
+        **{name: _Object(tracer.graph.get_attr(name), tracer) for name in objects},
+        _parameters={name: fx.Proxy(tracer.graph.get_attr(name), tracer) for name in structure.tensors},
+        _modules={**children, **dict.fromkeys(structure.absent)},
+    )
+    return standin
 
 
 def _argument(tracer: _Tracer, node: fx.Node, what: Hashable) -> Any:
@@ -173,3 +230,13 @@ def _argument(tracer: _Tracer, node: fx.Node, what: Hashable) -> Any:
     if what != "opaque":
         proxy.ndim = int(str(what)[:-1])
     return proxy
+
+
+def _as_json(value: Any) -> str | None:
+    """A list or a dict as text, or None where it is neither or holds more than plain values."""
+    if not isinstance(value, (list, tuple, dict)):
+        return None
+    try:
+        return json.dumps(value)
+    except TypeError:
+        return None

@@ -1,0 +1,135 @@
+"""Functions made of functions: the forward that picks a graph's method, and copies with another code or closure."""
+
+import inspect
+import linecache
+import types
+from collections.abc import Callable
+from hashlib import sha256
+from inspect import Parameter
+from typing import Any
+
+from torch import fx
+
+from tome_fx.graph.trace import Structure, kind, setting
+from tome_fx.plan import TransformError
+
+_dispatchers: set[types.CodeType] = set()
+
+
+def dispatcher(
+    structure: Structure, graph: fx.Graph, method_for: Callable[..., str], check: Callable[..., None] | None
+) -> types.FunctionType:
+    """A forward with the inputs of the original and those the pass added, which calls the method for its arguments.
+
+    For a forward(self, x, *, scale=1.0) whose module has the plain attributes dim and training, and a pass that adds
+    slots, it reads::
+
+        def forward(self, x, slots=None, *, scale=None):
+            check(self, slots)
+            kinds = (kind(x), kind(scale),)
+            settings = (setting(self.dim), setting(self.training),)
+            return getattr(self, method_for(type(self), kinds, settings))(x, scale, slots)
+
+    Its source is generated so that each class has a code object of its own: see NOTE [One class per structure].
+    """
+    given = {parameter.name: parameter for parameter in structure.parameters}
+    placeholders = {node.target: node for node in graph.nodes if node.op == "placeholder"}
+    added = [
+        Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=node.args[0])
+        for name, node in placeholders.items()
+        if name not in given
+    ]
+    parameters = _with_added(list(given.values()), added)
+    kinds = "".join(f"{_kind_call(p)}, " for p in given.values())
+    source = (
+        f"def forward(self, {_heads(parameters)}):\n"
+        + (f"    check(self, {', '.join(p.name for p in added)})\n" if check else "")
+        + f"    kinds = ({kinds})\n"
+        f"    settings = ({''.join(f'setting(self.{name}), ' for name in structure.plain)})\n"
+        f"    return getattr(self, method_for(type(self), kinds, settings))({', '.join(placeholders)})\n"
+    )
+    names = {"kind": kind, "setting": setting, "method_for": method_for, "check": check}
+    forward = compiled(source, names, f"{structure.base.__name__}.forward")
+    defaults = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
+    by_name = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+    forward.__defaults__ = tuple(value for name, value in defaults.items() if name not in by_name)
+    forward.__kwdefaults__ = {name: defaults[name] for name in by_name if name in defaults} or None
+    _dispatchers.add(forward.__code__)
+    return forward
+
+
+def _with_added(given: list[Parameter], added: list[Parameter]) -> list[Parameter]:
+    """The added ones come last among those that may go by position; after *args there are none, so by name alone."""
+    kinds = [p.kind for p in given]
+    if Parameter.VAR_POSITIONAL in kinds:
+        added = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in added]
+    last = Parameter.KEYWORD_ONLY if Parameter.VAR_POSITIONAL in kinds else Parameter.POSITIONAL_OR_KEYWORD
+    place = sum(k <= last for k in kinds)
+    return [*given[:place], *added, *given[place:]]
+
+
+def _heads(parameters: list[Parameter]) -> str:
+    """The parameters as source; a default is None here and is set on the function."""
+    heads: list[str] = []
+    for p in parameters:
+        if p.kind is Parameter.KEYWORD_ONLY and not any(head.startswith("*") for head in heads):
+            heads.append("*")
+        stars = "*" * (p.kind is Parameter.VAR_POSITIONAL) + "**" * (p.kind is Parameter.VAR_KEYWORD)
+        heads.append(f"{stars}{p.name}{'' if p.default is Parameter.empty else '=None'}")
+    return ", ".join(heads)
+
+
+def _kind_call(parameter: Parameter) -> str:
+    of_many = parameter.kind is Parameter.VAR_POSITIONAL
+    return f"kind(dict(enumerate({parameter.name})))" if of_many else f"kind({parameter.name})"
+
+
+def compiled(source: str, names: dict[str, Any], title: str) -> types.FunctionType:
+    """Compile the source of one function named forward, such that tracebacks and debuggers show its lines."""
+    filename = f"<tome_fx {title} {sha256(source.encode()).hexdigest()[:12]}>"  # the same in every process
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    exec(compile(source, filename, "exec"), names)
+    function: types.FunctionType = names["forward"]
+    return function
+
+
+def is_generated(function: Any) -> bool:
+    """Whether a module's forward is one of ours, within whatever has been wrapped around it."""
+    function = inspect.unwrap(function)
+    return getattr(getattr(function, "__func__", function), "__code__", None) in _dispatchers
+
+
+def redecorated(outer: Any, inner: types.FunctionType, new: types.FunctionType) -> types.FunctionType:
+    """The function `outer`, which decorators have made of `inner`, made of `new` instead.
+
+    Raises:
+        TransformError: A decorator does not hold what it wraps in its closure, where another could take its place.
+    """
+    if outer is inner:
+        return new
+    wrapped = outer.__wrapped__
+    cells = getattr(outer, "__closure__", None) or ()
+    if not any(cell.cell_contents is wrapped for cell in cells):
+        raise TransformError(
+            f"the decorator of {inner.__module__}.{inner.__qualname__} hides what it wraps: it must be a function that "
+            "refers to it, as functools.wraps has it"
+        )
+    replacement = redecorated(wrapped, inner, new)
+    closure = tuple(types.CellType(replacement) if cell.cell_contents is wrapped else cell for cell in cells)
+    result = copied(outer, code=outer.__code__.replace(), closure=closure)
+    result.__wrapped__ = replacement  # type: ignore[attr-defined]
+    return result
+
+
+def copied(function: Any, **changed: Any) -> types.FunctionType:
+    """A copy of a function with another code or closure."""
+    result = types.FunctionType(
+        changed.get("code", function.__code__),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        changed.get("closure", function.__closure__),
+    )
+    result.__kwdefaults__ = function.__kwdefaults__
+    vars(result).update(vars(function))
+    return result

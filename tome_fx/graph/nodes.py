@@ -1,0 +1,52 @@
+"""Functions that rewritten graphs call beside those of `ops`, named so that printed graphs read."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from tome_fx import ops
+from tome_fx.plan import TransformError
+
+
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function that is itself a value of the graph."""
+    return function(*args, **kwargs)
+
+
+def refused_if_merged(argument: Any, slots: ops.SlotMap | None, name: str, module: str, option: str) -> Any:
+    """The argument itself; a node of rewritten graphs.
+
+    Raises:
+        TransformError: Tokens are merged, and the argument has an entry for each token of the grid.
+    """
+    if argument is not None and slots is not None:
+        raise TransformError(
+            f"{name} was given to {module}, whose tokens are merged ({option}=True): it has an entry for every image "
+            f"token, and merged tokens are fewer. Leave {name} out, or transform with {option}=False"
+        )
+    return argument
+
+
+def attend(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call attention whose mask weighs merged tokens; a node of rewritten graphs.
+
+    Raises:
+        TransformError: It attends to other keys than the tokens it is given, and the mask does not fit them.
+    """
+    try:
+        return attention(*args, **kwargs)
+    except RuntimeError as error:
+        if isinstance(error, TransformError) or "size" not in str(error):
+            raise
+        processor = type(getattr(attention, "processor", attention))
+        raise TransformError(
+            f"{processor.__module__}.{processor.__qualname__} failed on the weights that prop_attn=True gives merged "
+            f"tokens, one for each that it was handed: {error}. If it attends to other keys as well, such as those of "
+            "another image, leave it out, or transform with prop_attn=False"
+        ) from error
+
+
+def either(weights: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """The weights of merged tokens, or the mask where nothing is merged; a node of rewritten graphs."""
+    return mask if weights is None else weights

@@ -1,0 +1,72 @@
+"""From tokens and a slot map to merged tokens and back.
+
+NOTE [Determinism]
+No float is ever added atomically. `merge` sums the tokens of a slot in their order on the grid, by a bag sum
+whose every output is owned by one thread. The one scatter of a match writes each index once. Two runs agree bit for
+bit. The price is that Inductor leaves the sorts, the search and the bag sum to ATen: a scatter_add would be one kernel,
+but its atomics add in any order on a GPU, and on a CPU it is no faster.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tome_fx.ops.matching import SlotMap
+
+
+def merge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
+    """The mean of each slot's tokens.
+
+    Args:
+        tokens: `[B, N, C]`.
+        slots: From `match`.
+
+    Returns:
+        `[B, K, C]`, or `tokens` itself where `slots` is None.
+    """
+    if slots is None:
+        return tokens
+    flat = tokens.flatten(0, 1)
+    if flat.dtype == torch.float16 and flat.device.type == "cpu":
+        flat = flat.float()  # a GPU sums in float32 by itself, a CPU in float16, where a sum may not fit
+    # A bag sum reads each token once and needs no copy in slot order; see NOTE [Determinism].
+    bags = F.embedding_bag(slots.order.flatten(), flat, slots.start.flatten(), mode="mean")
+    return bags.to(tokens.dtype).view(*slots.start.shape, -1)
+
+
+def unmerge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
+    """Give every token of the grid a copy of its slot: one gather.
+
+    Args:
+        tokens: Merged tokens, `[B, K, C]`.
+        slots: From `match`.
+
+    Returns:
+        `[B, N, C]`, or `tokens` itself where `slots` is None.
+    """
+    if slots is None:
+        return tokens
+    return tokens.gather(1, slots.slot[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def log_sizes(tokens: Tensor, slots: SlotMap | None) -> Tensor | None:
+    """The logarithm of how many tokens each slot stands for: proportional attention adds it to the scores of its keys.
+
+    A key with the logarithm of a count added to its scores is attended to as that many copies of it would be. So
+    attention over merged tokens is attention over all tokens, each in the place of its slot's mean.
+
+    Args:
+        tokens: `[B, N, C]`, for their dtype.
+        slots: From `match`.
+
+    Returns:
+        `[B, 1, K]`, the same for every query, or None where `slots` is None.
+
+    Source: Bolya et al., "Token Merging: Your ViT But Faster" (2023), equation 1.
+    """
+    if slots is None:
+        return None
+    batch, count = slots.slot.shape
+    end = count * torch.arange(1, batch + 1, device=slots.start.device)[:, None]
+    sizes = slots.start.diff(append=end).to(torch.promote_types(tokens.dtype, torch.float32))
+    return sizes.log().to(tokens.dtype)[:, None]
