@@ -1,8 +1,8 @@
-"""A transformed UNet or ControlNet in diffusers' pipelines: it makes there what the stock model with hooks makes.
+"""A transformed UNet or ControlNet makes in diffusers' pipelines what the stock model with wrapped children makes.
 
 Each pipeline of a table is run with its stock models, with a ratio of 0, which must change no bit, and with half of the
-tokens merged, which must equal merging by hooks (`models.hooked`) bit for bit. Tokens are counted where attention gets
-them: half of them at the finest level over images, all of them elsewhere.
+tokens merged, which must equal merging by wrapped children (`support.wrapped`) bit for bit. Tokens are counted where
+attention gets them: half of them at the finest level over images, all of them elsewhere.
 """
 
 import copy
@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import models
 import pytest
 import torch
 from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
 from diffusers.models.controlnets import MultiControlNetModel
-from models import blocks, hooked, relative_error, transformers
+from support import models
+from support.models import blocks, relative_error, transformers
+from support.wrapped import wrapped
 from torch import Tensor, nn
 
 from tome_fx import RatioSchedule, TransformError, transform
@@ -198,10 +199,10 @@ def cases(*names: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", cases())
-def test_a_pipeline_makes_what_hooks_make_of_it_and_at_a_ratio_of_zero_what_it_made_before(case: Case) -> None:
+def test_a_pipeline_makes_what_wrapped_children_make_and_at_a_ratio_of_0_what_it_made_before(case: Case) -> None:
     stock, ours = case.run(case.pipeline()), case.run(case.pipeline(merged))
     assert torch.equal(case.run(case.pipeline(lambda model: transform(model, 0))), stock)
-    assert torch.equal(ours, case.run(case.pipeline(hooked)))
+    assert torch.equal(ours, case.run(case.pipeline(wrapped)))
     assert relative_error(ours, stock) > 1e-3
     assert torch.equal(case.run(case.pipeline()), stock)
 
@@ -278,12 +279,12 @@ def test_pipelines_of_most_kinds_have_the_callback() -> None:
 @pytest.mark.parametrize("name", ["image", "controlled"])
 def test_another_pipeline_of_the_same_components_merges_too(name: str) -> None:
     pipe, case = CASES["text"].pipeline(merged), CASES[name]
-    hooks, parts = case.run(case.pipeline(hooked)), {part: build() for part, build in case.parts.items()}
+    expected, parts = case.run(case.pipeline(wrapped)), {part: build() for part, build in case.parts.items()}
     components = case.cls(**pipe.components, **parts, requires_safety_checker=False)
     for other in (components, case.cls.from_pipe(pipe, **parts)):
         assert other.unet is pipe.unet
-        assert torch.equal(case.run(other), hooks)
-    assert relative_error(hooks, case.run(case.pipeline())) > 1e-3
+        assert torch.equal(case.run(other), expected)
+    assert relative_error(expected, case.run(case.pipeline())) > 1e-3
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -317,13 +318,13 @@ def test_a_saved_pipeline_is_the_plain_one_and_merges_again_when_transformed(nam
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_a_pipeline_in_another_dtype_merges_in_it(first: bool, dtype: torch.dtype, case: Case) -> None:
-    changes = (copy.deepcopy, hooked, copy.deepcopy if first else merged)
-    stock, hooks, pipe = (copy.deepcopy(case.pipeline(change)).to("cpu", dtype) for change in changes)
+    changes = (copy.deepcopy, wrapped, copy.deepcopy if first else merged)
+    stock, wrapper, pipe = (copy.deepcopy(case.pipeline(change)).to("cpu", dtype) for change in changes)
     if first:
         case.install(pipe, merged)
     ours = case.run(pipe)
     assert ours.dtype == dtype
-    assert torch.equal(ours, case.run(hooks))
+    assert torch.equal(ours, case.run(wrapper))
     assert relative_error(ours, case.run(stock)) > 1e-3
 
 
@@ -333,13 +334,13 @@ def test_a_pipeline_in_another_dtype_merges_in_it(first: bool, dtype: torch.dtyp
 @pytest.mark.parametrize("case", [CASES["text"], CASES["sdxl"]], ids=["text", "sdxl"])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_a_pipeline_on_another_device_merges_there(first: bool, case: Case) -> None:
-    changes = (copy.deepcopy, hooked, copy.deepcopy if first else merged)
-    stock, hooks, pipe = (copy.deepcopy(case.pipeline(change)).to("cuda") for change in changes)
+    changes = (copy.deepcopy, wrapped, copy.deepcopy if first else merged)
+    stock, wrapper, pipe = (copy.deepcopy(case.pipeline(change)).to("cuda") for change in changes)
     if first:
         case.install(pipe, merged)
     ours = case.run(pipe)
     assert ours.is_cuda
-    assert relative_error(ours, case.run(hooks)) < 1e-4
+    assert relative_error(ours, case.run(wrapper)) < 1e-4
     assert relative_error(ours, case.run(stock)) > 1e-3
 
 

@@ -5,7 +5,6 @@ works on a deep copy. No builder and no helper moves the random state of the pro
 """
 
 import contextlib
-import copy
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -16,10 +15,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from tome_fx import ops
 from tome_fx.families.inputs import example_inputs
-from tome_fx.families.unet import find_sites
-from tome_fx.plan import Grid, Plan
 
 TEXT_TOKENS = 5  # few, as no test depends on how many there are
 
@@ -176,50 +172,6 @@ def blocks(model: nn.Module) -> dict[str, Any]:
 def transformers(model: nn.Module) -> dict[str, Any]:
     """Every `Transformer2DModel` of the model, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, Transformer2DModel)}
-
-
-def hooked(model: Any, ratio: float = 0.5, **options: Any) -> Any:
-    """A copy that merges by hooks: what `transform` of the same options must equal, bit for bit.
-
-    Only the operations and the arithmetic of the grid are shared with it; destinations are the top left tokens if not
-    asked otherwise. With `prop_attn` keys and values are the means in the place of all tokens: equal up to rounding.
-    """
-    result, plan = copy.deepcopy(model), Plan(ratio, **{"use_rand": False, **options})
-    sites = find_sites(model) if plan.matches else []
-    deepest = plan.max_downsample or min((site.downsample for site in sites), default=0)
-    for site in sites:
-        if site.downsample <= deepest:
-            _hook(result.get_submodule(site.transformer), result.get_submodule(site.path), plan)
-    return result
-
-
-def _hook(transformer: nn.Module, block: Any, plan: Plan) -> None:
-    seen: dict[str, Any] = {}
-
-    def size(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        (image,) = args[:1] or (kwargs["hidden_states"],)
-        height, width = image.shape[-2:]
-        seen["grid"] = Grid(height, width, plan.sx, plan.sy, plan.ratio, plan.dynamic_ratio)
-
-    def match(_: nn.Module, args: tuple[Any, ...]) -> None:
-        grid = seen["grid"]
-        options = {"kept": grid.kept, "sx": plan.sx, "sy": plan.sy, "seed": plan.cell_seed}
-        seen["slots"] = ops.match(args[0], grid.height, grid.width, **options)
-
-    def merge(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tokens = ops.merge(args[0], seen["slots"])
-        if plan.prop_attn and module is block.attn1:
-            kwargs["encoder_hidden_states"] = ops.unmerge(tokens, seen["slots"])
-        return (tokens, *args[1:]), kwargs
-
-    def unmerge(_: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
-        return ops.unmerge(result, seen["slots"])
-
-    transformer.register_forward_pre_hook(size, with_kwargs=True)
-    block.register_forward_pre_hook(match)
-    for scope in plan.scopes:
-        getattr(block, scope).register_forward_pre_hook(merge, with_kwargs=True)
-        getattr(block, scope).register_forward_hook(unmerge)
 
 
 @contextlib.contextmanager
