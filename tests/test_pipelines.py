@@ -73,22 +73,15 @@ def stages(*down: str) -> dict[str, Any]:
     return {"down_block_types": down, "up_block_types": tuple(name.replace("Down", "Up") for name in reversed(down))}
 
 
-def animated(unet: UNet2DConditionModel) -> Any:
-    """What `AnimateDiffPipeline` makes of a UNet and its motion modules."""
-    return diffusers.UNetMotionModel.from_unet2d(unet, modules())
-
-
 PLAIN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
 TWO = {"sample_size": 32, "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 16}
 FOUR = {"block_out_channels": (32, 32, 64, 64)}
 REFINER = {"attention_head_dim": 2, "transformer_layers_per_block": 2, "projection_class_embeddings_input_dim": 16 + 40}
 UPSCALER = {"in_channels": 7, "num_class_embeds": 32, "only_cross_attention": (True, True, True, False)}
-MOTION = {"motion_layers_per_block": 1, "motion_num_attention_heads": 2, "motion_norm_num_groups": 8}
 EMBEDDED = {"encoder_hid_dim": 16, "encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"}
 TIMED = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24, "num_attention_heads": (2, 4)}
 VAE = {"block_out_channels": (8, 8), "norm_num_groups": 4, "scaling_factor": 0.08333}
 CODERS = {"down_block_types": 2 * ("DownEncoderBlock2D",), "up_block_types": 2 * ("UpDecoderBlock2D",)}
-CLIPS = stages("CrossAttnDownBlock3D", "DownBlock3D")
 KANDINSKY = stages("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
 STABLE_VIDEO = stages("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal")
 sd15, sdxl = models.sd15, models.sdxl
@@ -97,9 +90,6 @@ refiner = like(sdxl, **FOUR, **stages(PLAIN, CROSS, CROSS, PLAIN), **REFINER)
 consistency = like(sd15, time_cond_proj_dim=8)
 pix2pix = like(sd15, in_channels=8)
 upscaler = like(models.sd21, **stages(PLAIN, CROSS, CROSS, CROSS), **UPSCALER)
-modules = lazy(diffusers.MotionAdapter, **FOUR, **MOTION)
-motion = lazy(lambda: animated(sd15()))
-clips = lazy(diffusers.UNet3DConditionModel, **TWO, **CLIPS, attention_head_dim=8)
 kandinsky = lazy(UNet2DConditionModel, **TWO, **KANDINSKY, **EMBEDDED, mid_block_type="UNetMidBlock2DSimpleCrossAttn")
 stable_video = lazy(diffusers.UNetSpatioTemporalConditionModel, **TWO, **STABLE_VIDEO, **TIMED)
 adapter = lazy(diffusers.T2IAdapter, channels=(32, 32, 64, 64), num_res_blocks=1, downscale_factor=2)
@@ -186,8 +176,8 @@ CASES = {
     "lcm": Case("LCM", "LatentConsistencyModel", consistency, parts={"scheduler": LCMScheduler}, batch=1),
     "pix2pix": Case("InstructPix2Pix", "StableDiffusionInstructPix2Pix", pix2pix, IMAGE, batch=3),
     "upscaler": Case("x4 upscaler", "StableDiffusionUpscale", upscaler, IMAGE, {"low_res_scheduler": DDPMScheduler}),
-    "animatediff": Case("AnimateDiff", "AnimateDiff", motion, CLIP, batch=2 * FRAMES, condition=FRAMEWISE),
-    "clips": Case("Text-to-video", "TextToVideoSD", clips, CLIP, batch=2 * FRAMES, condition=FRAMEWISE),
+    "animatediff": Case("AnimateDiff", "AnimateDiff", models.motion, CLIP, batch=2 * FRAMES, condition=FRAMEWISE),
+    "clips": Case("Text-to-video", "TextToVideoSD", models.clips, CLIP, batch=2 * FRAMES, condition=FRAMEWISE),
 }
 
 
@@ -345,7 +335,9 @@ def test_a_pipeline_on_another_device_merges_there(first: bool, case: Case) -> N
 
 
 @supports("A model made from a UNet (AnimateDiff, ControlNet)", CONDITION, "it is plain: transform it, not the UNet")
-@pytest.mark.parametrize("make", [animated, diffusers.ControlNetModel.from_unet], ids=["animatediff", "controlnet"])
+@pytest.mark.parametrize(
+    "make", [models.animated, diffusers.ControlNetModel.from_unet], ids=["animatediff", "controlnet"]
+)
 def test_a_model_that_is_made_from_a_transformed_unet_is_plain_and_can_be_transformed(make: Change) -> None:
     ours, stock = lazy(lambda: make(merged(sd15())))(), lazy(lambda: make(sd15()))()
     assert all(torch.equal(weight, ours.state_dict()[name]) for name, weight in stock.state_dict().items())

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -89,6 +89,48 @@ def controlnet() -> ControlNetModel:
     return _without_zeros(model)
 
 
+@functools.cache
+def motion_modules() -> MotionAdapter:
+    """AnimateDiff's attention over time, for `sd15()`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MotionAdapter(
+            block_out_channels=(32, 32, 64, 64),
+            motion_layers_per_block=1,
+            motion_num_attention_heads=2,
+            motion_norm_num_groups=8,
+        ).eval()
+
+
+def animated(unet: UNet2DConditionModel) -> UNetMotionModel:
+    """What `AnimateDiffPipeline` makes of a UNet of the size of `sd15()`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNetMotionModel.from_unet2d(unet, motion_modules()).eval()
+
+
+@functools.cache
+def motion() -> UNetMotionModel:
+    """AnimateDiff in small: `sd15()` with attention over the frames of a clip beside it."""
+    return animated(sd15())
+
+
+@functools.cache
+def clips() -> UNet3DConditionModel:
+    """A text-to-video UNet of two stages, with convolutions and attention over the frames of a clip."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNet3DConditionModel(
+            sample_size=32,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            cross_attention_dim=16,
+            attention_head_dim=8,
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        ).eval()
+
+
 def _without_zeros(model: Any) -> Any:
     """The model as if trained: what starts from zero, so as to have no effect at first, has one."""
     with torch.random.fork_rng(devices=[]):
@@ -118,12 +160,18 @@ def _unet(down_block_types: tuple[str, ...], **config: Any) -> UNet2DConditionMo
 def inputs(
     model: Any, height: int = 32, width: int = 32, *, batch: int = 2, seed: int = 0, text_tokens: int = TEXT_TOKENS
 ) -> dict[str, Any]:
-    """Arguments for a forward of the model, in its dtype and on its device: the same for the same seed."""
+    """Arguments for a forward of the model, in its dtype and on its device: the same for the same seed.
+
+    Of a model of clips each has three frames.
+    """
+    options: dict[str, Any] = {"batch": batch, "text_tokens": text_tokens, "device": model.device, "dtype": model.dtype}
+    options["frames"] = 3 if isinstance(model, (UNetMotionModel, UNet3DConditionModel)) else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return example_inputs(
-            model, height, width, batch=batch, text_tokens=text_tokens, device=model.device, dtype=model.dtype
-        )
+        arguments = example_inputs(model, height, width, **options)
+    if isinstance(model, UNetMotionModel):  # which wants the prompt once for each frame
+        arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"].repeat_interleave(3, 0)
+    return arguments
 
 
 def mask() -> Tensor:
