@@ -1,7 +1,7 @@
 """Adapters and optional inputs: what is added to a UNet, or given to it, acts as in the stock model.
 
 Steps change a UNet in place, and a call makes use of them. The transform may come before, between or after the steps:
-it gives what merging by hooks (`models.hooked`) gives after them, bit for bit. What cannot go together is an error.
+it gives what wrapped children (`support.wrapped`) give after them, bit for bit. What cannot go together is an error.
 """
 
 import copy
@@ -13,7 +13,6 @@ from operator import methodcaller as do
 from typing import Any
 
 import diffusers
-import models
 import pytest
 import torch
 from diffusers.models.attention_processor import (
@@ -25,7 +24,9 @@ from diffusers.models.attention_processor import (
 from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import (
     CrossFrameAttnProcessor2_0,
 )
-from models import blocks, controlnet, gligen, hooked, mask, objects, output, relative_error, sd15, sdxl, two_stages
+from support import models
+from support.models import blocks, controlnet, gligen, mask, objects, output, relative_error, sd15, sdxl, two_stages
+from support.wrapped import wrapped
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -160,9 +161,9 @@ class Case:
         return models.inputs(self.build(), HEIGHT, WIDTH) | (call or self.call)()
 
     def idle(self) -> Tensor:
-        """What merging by hooks gives where nothing acts."""
+        """What wrapped children give where nothing acts."""
         model = self.build() if self.without is None else self.unet()
-        return output(hooked(model), self.arguments(self.without or dict))
+        return output(wrapped(model), self.arguments(self.without or dict))
 
 
 PLAIN = Case()
@@ -261,7 +262,7 @@ def everywhere(cases: dict[str, Any], ends: bool = False) -> pytest.MarkDecorato
 def test_wherever_the_transform_comes_it_acts_as_in_the_stock_model(case: Case, place: int) -> None:
     stock, result, arguments = case.unet(), case.unet(place), case.arguments()
     ours = halved(result, arguments)
-    assert torch.equal(ours, output(hooked(stock), arguments))
+    assert torch.equal(ours, output(wrapped(stock), arguments))
     assert relative_error(ours, output(stock, arguments)) > 1e-3
     assert relative_error(ours, case.idle()) > 1e-3
     with torch.no_grad():
@@ -284,19 +285,19 @@ def test_image_masks_over_merged_cross_attention_are_refused_and_images_without_
         output(result, arguments)
     images, stock = case.arguments(IMAGES), case.unet()
     ours = halved(result, images)
-    assert torch.equal(ours, output(hooked(stock, merge_crossattn=True), images))
-    assert relative_error(ours, output(hooked(stock), images)) > 1e-3
-    assert relative_error(ours, output(hooked(two_stages(), merge_crossattn=True), PLAIN.arguments())) > 1e-3
+    assert torch.equal(ours, output(wrapped(stock, merge_crossattn=True), images))
+    assert relative_error(ours, output(wrapped(stock), images)) > 1e-3
+    assert relative_error(ours, output(wrapped(two_stages(), merge_crossattn=True), PLAIN.arguments())) > 1e-3
     set_ratio(result, 0)
     assert torch.equal(output(result, arguments), output(stock, arguments))
 
 
 @PAG
-def test_perturbed_attention_beside_classifier_free_guidance_makes_the_image_of_hooks() -> None:
+def test_perturbed_attention_beside_classifier_free_guidance_makes_the_image_of_wrapped_children() -> None:
     guided = functools.partial(image, kind="StableDiffusionPAGPipeline", pag_scale=3)
     result = merged(two_stages())
     ours = guided(result)
-    assert torch.equal(ours, guided(hooked(two_stages())))
+    assert torch.equal(ours, guided(wrapped(two_stages())))
     for other in (guided(two_stages()), guided(result, pag_scale=0), guided(result, guidance_scale=1)):
         assert relative_error(ours, other) > 1e-3
     kinds = {type(processor) for processor in result.attn_processors.values()}
@@ -338,7 +339,7 @@ def test_the_lora_verbs_of_a_pipeline_act_on_a_transformed_unet_as_on_a_stock_on
         for verb in verbs:
             verb(ours)
             verb(stock)
-        found[name] = output(hooked(stock.unet), PLAIN.arguments())
+        found[name] = output(wrapped(stock.unet), PLAIN.arguments())
         if name != "loaded" or not loaded:  # it is transformed after this step
             assert torch.equal(output(ours.unet, PLAIN.arguments()), found[name]), name
 
@@ -372,7 +373,7 @@ def test_xformers_gives_what_it_gives_in_the_stock_model(place: int) -> None:
     case = Case((lambda unet: unet.to("cuda").set_attn_processor(XFormersAttnProcessor()),))
     arguments = {name: value.cuda() for name, value in PLAIN.arguments().items()}
     ours = halved(case.unet(place), arguments)
-    assert relative_error(ours, output(hooked(case.unet()), arguments)) < 1e-4
+    assert relative_error(ours, output(wrapped(case.unet()), arguments)) < 1e-4
     assert relative_error(ours.cpu(), PLAIN.idle()) < 1e-3
 
 
@@ -401,7 +402,7 @@ def test_a_lora_is_swapped_for_another_in_a_compiled_model_without_a_recompile(p
 
 @given("Gradient checkpointing")
 @pytest.mark.parametrize("place", [0, 2, 3])
-def test_a_lora_is_trained_with_checkpointing_by_the_gradients_of_hooks(place: int) -> None:
+def test_a_lora_is_trained_with_checkpointing_by_the_gradients_of_wrapped_children(place: int) -> None:
     def gradients(model: Any) -> dict[str, Tensor]:
         model(**PLAIN.arguments()).sample.square().mean().backward()
         return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -411,17 +412,17 @@ def test_a_lora_is_trained_with_checkpointing_by_the_gradients_of_hooks(place: i
     for path, block in blocks(result).items():
         if "mid" not in path:
             block.attn1.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    ours, expected = gradients(result), gradients(hooked(case.unet()))
+    ours, expected = gradients(result), gradients(wrapped(case.unet()))
     assert seen == 3 * 2 * [HEIGHT * WIDTH // 2]  # of each block once forward, once again for the backward
     assert ours.keys() == expected.keys()
     assert all(relative_error(gradient, expected[name]) < 1e-4 for name, gradient in ours.items())
 
 
 @SAG
-def test_self_attention_guidance_makes_the_image_of_hooks_and_is_refused_where_the_mid_block_is_merged() -> None:
+def test_self_attention_guidance_makes_its_image_and_is_refused_where_the_mid_block_is_merged() -> None:
     guided = functools.partial(image, kind="StableDiffusionSAGPipeline", sag_scale=2)
     ours = guided(merged(two_stages()))
-    assert torch.equal(ours, guided(hooked(two_stages())))
+    assert torch.equal(ours, guided(wrapped(two_stages())))
     assert relative_error(ours, guided(merged(two_stages()), sag_scale=0)) > 1e-3
     with pytest.raises(TransformError, match=r"CrossAttnStoreProcessor keeps .* in attn1, .*\(merge_attn=True\)"):
         guided(merged(sd15(), max_downsample=8))

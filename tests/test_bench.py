@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import conftest
 import pytest
 import torch
-from models import relative_error
+from support import table
+from support.models import relative_error
 from torch import Tensor
 
 from bench import cold, demo, latency, measure, models, report, shapes, tables, variants, viz
@@ -350,7 +350,7 @@ def test_a_support_table_is_not_recorded_in_several_processes(
     monkeypatch.setattr(pytestconfig.option, "numprocesses", processes, raising=False)
     expected = pytest.raises(pytest.UsageError, match="leave -n out") if processes else contextlib.nullcontext()
     with expected:
-        conftest.pytest_configure(pytestconfig)
+        table.pytest_configure(pytestconfig)
 
 
 def test_a_feature_whose_test_failed_makes_no_table() -> None:

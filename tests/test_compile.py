@@ -18,11 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import (
+from support.models import (
     blocks,
     controlnet,
     gligen,
-    hooked,
     inputs,
     mask,
     objects,
@@ -36,6 +35,7 @@ from models import (
     transformers,
     two_stages,
 )
+from support.wrapped import wrapped
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -162,7 +162,7 @@ def test_an_optional_input_that_is_first_met_while_compiling_leaves_merging_in_p
     build: Callable[[], Any], extra: dict[str, Any], counter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(specialize, "_classes", {})  # so that no graph for it is known from another test
-    model, reference = transform(build(), ratio=0.5, use_rand=False), hooked(build())
+    model, reference = transform(build(), ratio=0.5, use_rand=False), wrapped(build())
     plain = inputs(model)
     assert all(len(block.graphs) == 1 for block in blocks(model).values())
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -268,7 +268,7 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 sys.path.insert(0, sys.argv[1])
-from models import inputs, one_block, output
+from support.models import inputs, one_block, output
 from tome_fx import transform
 
 artifacts = Path(sys.argv[2])

@@ -1,7 +1,7 @@
 """A transformed model on whatever holds, moves or speeds up a model: it computes what the stock model does there.
 
-What `transform` must equal are hooks on the stock model (`models.hooked`) with the same feature enabled. What cannot be
-served, or only in the other order, is an error that names it.
+What `transform` must equal is the stock model with wrapped children (`support.wrapped`) and the same feature enabled.
+What cannot be served, or only in the other order, is an error that names it.
 """
 
 import contextlib
@@ -23,7 +23,8 @@ from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from diffusers import DDIMScheduler, PyramidAttentionBroadcastConfig, StableDiffusionPipeline
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip, apply_pyramid_attention_broadcast
-from models import blocks, hooked, inputs, output, relative_error, transformers, two_stages
+from support.models import blocks, inputs, output, relative_error, transformers, two_stages
+from support.wrapped import wrapped
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -50,8 +51,8 @@ def own() -> Any:
 
 
 def expected_of(model: Any, ratio: float = 0.5) -> Any:
-    """Hooks on the model, or the model itself where nothing is to merge."""
-    return hooked(model, ratio) if ratio else model
+    """The model with wrapped children, or the model itself where nothing is to merge."""
+    return wrapped(model, ratio) if ratio else model
 
 
 def steps(model: Any, count: int = 4) -> list[Tensor]:
@@ -153,7 +154,7 @@ def test_a_model_whose_hooks_were_removed_again_is_transformed_as_any(enable: En
     enable(model)
     disable(model)
     assert equal(steps(model), steps(two_stages()))
-    assert equal(steps(merged(model)), steps(hooked(two_stages())))
+    assert equal(steps(merged(model)), steps(wrapped(two_stages())))
 
 
 # ------------------------------------------------------------------------------------------------ settings of the model
@@ -185,7 +186,7 @@ def test_a_setting_of_the_model_acts_alike_before_and_after_the_transform(change
     stock = own()
     change(stock)
     arguments = inputs(two_stages())
-    assert torch.equal(output(result, arguments), output(hooked(stock), arguments))
+    assert torch.equal(output(result, arguments), output(wrapped(stock), arguments))
     assert relative_error(output(result, arguments), output(stock, arguments)) > 1e-3
 
     def settings(model: Any) -> list[Any]:
@@ -244,7 +245,7 @@ def test_quantized_weights_give_what_they_give_in_the_stock_model(quantize: Enab
         assert torch.equal(output(model, arguments), output(two_stages(), arguments))
     for ratio in (0.5, 0.25):
         set_ratio(result, ratio)
-        assert torch.equal(output(result, arguments), output(hooked(stock, ratio), arguments))
+        assert torch.equal(output(result, arguments), output(wrapped(stock, ratio), arguments))
     assert 1e-4 < relative_error(output(stock, arguments), output(two_stages(), arguments)) < 0.1
 
 
@@ -259,7 +260,7 @@ def test_a_deep_copy_merges_too_and_has_a_ratio_of_its_own(enable: Enable | None
         enable(result)
     twin = copy.deepcopy(result)
     arguments = inputs(two_stages())
-    half, quarter = (output(hooked(two_stages(), ratio), arguments) for ratio in (0.5, 0.25))
+    half, quarter = (output(wrapped(two_stages(), ratio), arguments) for ratio in (0.5, 0.25))
     for changed, left in ((twin, result), (result, twin)):
         assert torch.equal(output(changed, arguments), half)
         set_ratio(changed, 0.25)
@@ -343,7 +344,7 @@ def test_a_model_sharded_after_the_transform_merges_and_its_ratio_cannot_be_set(
     arguments = inputs(two_stages())
     result = merged(own())
     sharded(result)
-    expected = output(hooked(two_stages()), arguments)
+    expected = output(wrapped(two_stages()), arguments)
     assert torch.equal(output(result, arguments), expected)
     with pytest.raises(TransformError, match="as fully_shard does"):
         set_ratio(result, 0.25)
@@ -364,7 +365,7 @@ import copy, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import torch.distributed as dist
-from models import inputs, two_stages
+from support.models import inputs, two_stages
 from test_devices import gradients, image
 from torch.nn.parallel import DistributedDataParallel
 from tome_fx import transform
@@ -420,7 +421,7 @@ def test_deep_cache_skips_the_steps_that_it_skips_in_the_stock_model() -> None:
         with torch.no_grad():  # by position, as DeepCache looks for the time there
             return [unet(arguments["sample"], time, arguments["encoder_hidden_states"]).sample for time in times]
 
-    result, stock = merged(two_stages()), hooked(two_stages())
+    result, stock = merged(two_stages()), wrapped(two_stages())
     without = run(stock)
     with deep_cache(stock, times), deep_cache(result, times):
         ours = run(result)
@@ -472,7 +473,7 @@ def test_a_cache_of_merged_attention_is_refused_by_name_as_each_step_merges_othe
 
 @pytest.mark.parametrize("enable", [pytest.param(CROSS, id="broadcast", marks=BROADCAST), *SKIPS])
 def test_what_keeps_or_skips_whole_tokens_does_so_as_in_the_stock_model(enable: Enable) -> None:
-    result, stock = merged(two_stages()), hooked(two_stages())
+    result, stock = merged(two_stages()), wrapped(two_stages())
     enable(result)
     enable(stock)
     ours = steps(result)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import blocks, inputs, one_block, one_stage, two_stages
+from support.models import blocks, inputs, one_block, one_stage, two_stages
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from models import controlnet, inputs, sd15, sdxl
+from support.models import controlnet, inputs, sd15, sdxl
 from torch.utils.flop_counter import FlopCounterMode
 
 import tome_fx

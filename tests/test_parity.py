@@ -19,7 +19,7 @@ import pytest
 import tomesd
 import torch
 from diffusers import UNet2DConditionModel
-from models import inputs, output, relative_error, sd15, sd21, sdxl
+from support.models import inputs, output, relative_error, sd15, sd21, sdxl
 
 import tome_fx
 from tome_fx.families.unet import find_sites

@@ -1,8 +1,8 @@
-"""A transformed UNet or ControlNet in diffusers' pipelines: it makes there what the stock model with hooks makes.
+"""A transformed UNet or ControlNet makes in diffusers' pipelines what the stock model with wrapped children makes.
 
 Each pipeline of a table is run with its stock models, with a ratio of 0, which must change no bit, and with half of the
-tokens merged, which must equal merging by hooks (`models.hooked`) bit for bit. Tokens are counted where attention gets
-them: half of them at the finest level over images, all of them elsewhere.
+tokens merged, which must equal merging by wrapped children (`support.wrapped`) bit for bit. Tokens are counted where
+attention gets them: half of them at the finest level over images, all of them elsewhere.
 """
 
 import copy
@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import models
 import pytest
 import torch
 from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
 from diffusers.models.controlnets import MultiControlNetModel
-from models import blocks, hooked, relative_error, transformers
+from support import models
+from support.models import blocks, relative_error, transformers
+from support.wrapped import wrapped
 from torch import Tensor, nn
 
 from tome_fx import RatioSchedule, TransformError, transform
@@ -72,22 +73,15 @@ def stages(*down: str) -> dict[str, Any]:
     return {"down_block_types": down, "up_block_types": tuple(name.replace("Down", "Up") for name in reversed(down))}
 
 
-def animated(unet: UNet2DConditionModel) -> Any:
-    """What `AnimateDiffPipeline` makes of a UNet and its motion modules."""
-    return diffusers.UNetMotionModel.from_unet2d(unet, modules())
-
-
 PLAIN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
 TWO = {"sample_size": 32, "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 16}
 FOUR = {"block_out_channels": (32, 32, 64, 64)}
 REFINER = {"attention_head_dim": 2, "transformer_layers_per_block": 2, "projection_class_embeddings_input_dim": 16 + 40}
 UPSCALER = {"in_channels": 7, "num_class_embeds": 32, "only_cross_attention": (True, True, True, False)}
-MOTION = {"motion_layers_per_block": 1, "motion_num_attention_heads": 2, "motion_norm_num_groups": 8}
 EMBEDDED = {"encoder_hid_dim": 16, "encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"}
 TIMED = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24, "num_attention_heads": (2, 4)}
 VAE = {"block_out_channels": (8, 8), "norm_num_groups": 4, "scaling_factor": 0.08333}
 CODERS = {"down_block_types": 2 * ("DownEncoderBlock2D",), "up_block_types": 2 * ("UpDecoderBlock2D",)}
-CLIPS = stages("CrossAttnDownBlock3D", "DownBlock3D")
 KANDINSKY = stages("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
 STABLE_VIDEO = stages("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal")
 sd15, sdxl = models.sd15, models.sdxl
@@ -96,9 +90,6 @@ refiner = like(sdxl, **FOUR, **stages(PLAIN, CROSS, CROSS, PLAIN), **REFINER)
 consistency = like(sd15, time_cond_proj_dim=8)
 pix2pix = like(sd15, in_channels=8)
 upscaler = like(models.sd21, **stages(PLAIN, CROSS, CROSS, CROSS), **UPSCALER)
-modules = lazy(diffusers.MotionAdapter, **FOUR, **MOTION)
-motion = lazy(lambda: animated(sd15()))
-clips = lazy(diffusers.UNet3DConditionModel, **TWO, **CLIPS, attention_head_dim=8)
 kandinsky = lazy(UNet2DConditionModel, **TWO, **KANDINSKY, **EMBEDDED, mid_block_type="UNetMidBlock2DSimpleCrossAttn")
 stable_video = lazy(diffusers.UNetSpatioTemporalConditionModel, **TWO, **STABLE_VIDEO, **TIMED)
 adapter = lazy(diffusers.T2IAdapter, channels=(32, 32, 64, 64), num_res_blocks=1, downscale_factor=2)
@@ -185,8 +176,8 @@ CASES = {
     "lcm": Case("LCM", "LatentConsistencyModel", consistency, parts={"scheduler": LCMScheduler}, batch=1),
     "pix2pix": Case("InstructPix2Pix", "StableDiffusionInstructPix2Pix", pix2pix, IMAGE, batch=3),
     "upscaler": Case("x4 upscaler", "StableDiffusionUpscale", upscaler, IMAGE, {"low_res_scheduler": DDPMScheduler}),
-    "animatediff": Case("AnimateDiff", "AnimateDiff", motion, CLIP, batch=2 * FRAMES, condition=FRAMEWISE),
-    "clips": Case("Text-to-video", "TextToVideoSD", clips, CLIP, batch=2 * FRAMES, condition=FRAMEWISE),
+    "animatediff": Case("AnimateDiff", "AnimateDiff", models.motion, CLIP, batch=2 * FRAMES, condition=FRAMEWISE),
+    "clips": Case("Text-to-video", "TextToVideoSD", models.clips, CLIP, batch=2 * FRAMES, condition=FRAMEWISE),
 }
 
 
@@ -198,10 +189,10 @@ def cases(*names: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", cases())
-def test_a_pipeline_makes_what_hooks_make_of_it_and_at_a_ratio_of_zero_what_it_made_before(case: Case) -> None:
+def test_a_pipeline_makes_what_wrapped_children_make_and_at_a_ratio_of_0_what_it_made_before(case: Case) -> None:
     stock, ours = case.run(case.pipeline()), case.run(case.pipeline(merged))
     assert torch.equal(case.run(case.pipeline(lambda model: transform(model, 0))), stock)
-    assert torch.equal(ours, case.run(case.pipeline(hooked)))
+    assert torch.equal(ours, case.run(case.pipeline(wrapped)))
     assert relative_error(ours, stock) > 1e-3
     assert torch.equal(case.run(case.pipeline()), stock)
 
@@ -278,12 +269,12 @@ def test_pipelines_of_most_kinds_have_the_callback() -> None:
 @pytest.mark.parametrize("name", ["image", "controlled"])
 def test_another_pipeline_of_the_same_components_merges_too(name: str) -> None:
     pipe, case = CASES["text"].pipeline(merged), CASES[name]
-    hooks, parts = case.run(case.pipeline(hooked)), {part: build() for part, build in case.parts.items()}
+    expected, parts = case.run(case.pipeline(wrapped)), {part: build() for part, build in case.parts.items()}
     components = case.cls(**pipe.components, **parts, requires_safety_checker=False)
     for other in (components, case.cls.from_pipe(pipe, **parts)):
         assert other.unet is pipe.unet
-        assert torch.equal(case.run(other), hooks)
-    assert relative_error(hooks, case.run(case.pipeline())) > 1e-3
+        assert torch.equal(case.run(other), expected)
+    assert relative_error(expected, case.run(case.pipeline())) > 1e-3
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -317,13 +308,13 @@ def test_a_saved_pipeline_is_the_plain_one_and_merges_again_when_transformed(nam
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_a_pipeline_in_another_dtype_merges_in_it(first: bool, dtype: torch.dtype, case: Case) -> None:
-    changes = (copy.deepcopy, hooked, copy.deepcopy if first else merged)
-    stock, hooks, pipe = (copy.deepcopy(case.pipeline(change)).to("cpu", dtype) for change in changes)
+    changes = (copy.deepcopy, wrapped, copy.deepcopy if first else merged)
+    stock, wrapper, pipe = (copy.deepcopy(case.pipeline(change)).to("cpu", dtype) for change in changes)
     if first:
         case.install(pipe, merged)
     ours = case.run(pipe)
     assert ours.dtype == dtype
-    assert torch.equal(ours, case.run(hooks))
+    assert torch.equal(ours, case.run(wrapper))
     assert relative_error(ours, case.run(stock)) > 1e-3
 
 
@@ -333,18 +324,20 @@ def test_a_pipeline_in_another_dtype_merges_in_it(first: bool, dtype: torch.dtyp
 @pytest.mark.parametrize("case", [CASES["text"], CASES["sdxl"]], ids=["text", "sdxl"])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_a_pipeline_on_another_device_merges_there(first: bool, case: Case) -> None:
-    changes = (copy.deepcopy, hooked, copy.deepcopy if first else merged)
-    stock, hooks, pipe = (copy.deepcopy(case.pipeline(change)).to("cuda") for change in changes)
+    changes = (copy.deepcopy, wrapped, copy.deepcopy if first else merged)
+    stock, wrapper, pipe = (copy.deepcopy(case.pipeline(change)).to("cuda") for change in changes)
     if first:
         case.install(pipe, merged)
     ours = case.run(pipe)
     assert ours.is_cuda
-    assert relative_error(ours, case.run(hooks)) < 1e-4
+    assert relative_error(ours, case.run(wrapper)) < 1e-4
     assert relative_error(ours, case.run(stock)) > 1e-3
 
 
 @supports("A model made from a UNet (AnimateDiff, ControlNet)", CONDITION, "it is plain: transform it, not the UNet")
-@pytest.mark.parametrize("make", [animated, diffusers.ControlNetModel.from_unet], ids=["animatediff", "controlnet"])
+@pytest.mark.parametrize(
+    "make", [models.animated, diffusers.ControlNetModel.from_unet], ids=["animatediff", "controlnet"]
+)
 def test_a_model_that_is_made_from_a_transformed_unet_is_plain_and_can_be_transformed(make: Change) -> None:
     ours, stock = lazy(lambda: make(merged(sd15())))(), lazy(lambda: make(sd15()))()
     assert all(torch.equal(weight, ours.state_dict()[name]) for name, weight in stock.state_dict().items())

@@ -13,9 +13,9 @@ import matplotlib as mpl
 import pytest
 import torch
 from matplotlib import pyplot as plt
-from models import inputs as model_inputs
-from models import one_stage, sdxl
 from PIL import Image
+from support.models import inputs as model_inputs
+from support.models import one_stage, sdxl
 from torch import Tensor
 
 import tome_fx

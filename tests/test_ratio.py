@@ -20,7 +20,8 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.callbacks import MultiPipelineCallbacks
-from models import (
+from peft import LoraConfig
+from support.models import (
     blocks,
     controlnet,
     inputs,
@@ -33,7 +34,6 @@ from models import (
     transformers,
     two_stages,
 )
-from peft import LoraConfig
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters

@@ -22,10 +22,9 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import (
+from support.models import (
     blocks,
     controlnet,
-    hooked,
     inputs,
     mask,
     one_block,
@@ -35,6 +34,7 @@ from models import (
     transformers,
     two_stages,
 )
+from support.wrapped import wrapped
 from torch import Tensor, nn
 
 from tome_fx import TransformError, ops, set_ratio, transform
@@ -241,7 +241,7 @@ def test_any_valid_configuration_keeps_the_contract(
     result = transform(model, **options)
     ours = output(result, arguments)
     assert ours.shape == (batch, 4, height, width)
-    expected = output(hooked(model, **options), arguments)
+    expected = output(wrapped(model, **options), arguments)
     if options["prop_attn"]:
         assert relative_error(ours, expected) < 1e-5
     else:
@@ -300,11 +300,13 @@ def test_any_invalid_configuration_is_an_error_that_names_the_argument_and_chang
 @holds("Odd, tiny and wide images")
 @pytest.mark.parametrize("size", [(1, 64), (64, 1), (7, 5), (128, 16), (1, 1), (3, 3)], ids=str)
 @pytest.mark.parametrize("build", [one_block, two_stages, sdxl])
-def test_odd_tiny_and_wide_latents_are_merged_as_if_by_hooks(build: Callable[[], Any], size: tuple[int, int]) -> None:
+def test_odd_tiny_and_wide_latents_are_merged_as_by_wrapped_children(
+    build: Callable[[], Any], size: tuple[int, int]
+) -> None:
     model = build()
     arguments = inputs(model, *size)
     ours = output(transform(model, use_rand=False), arguments)
-    assert torch.equal(ours, output(hooked(model), arguments))
+    assert torch.equal(ours, output(wrapped(model), arguments))
     merges = min(downsampled(side, 2 if build is sdxl else 1) for side in size) >= 2
     assert torch.equal(ours, output(model, arguments)) != merges
 

@@ -1,9 +1,9 @@
 """The contract of `transform`.
 
 The result is a model of the same type that shares every tensor; the model given stays as it is, bit for bit. What
-the result computes is what hooks on the original compute (`models.hooked`), whatever optional inputs and features
-of diffusers are used with it. What is saved is the plain model. An argument or a model that cannot be served is an
-error which names the argument, what is allowed and what came, and changes nothing.
+the result computes is what the original computes with wrapped children (`support.wrapped`), whatever optional inputs
+and features of diffusers are used with it. What is saved is the plain model. An argument or a model that cannot be
+served is an error which names the argument, what is allowed and what came, and changes nothing.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
-from models import (
+from peft import LoraConfig
+from support.models import (
     blocks,
     controlnet,
     gligen,
-    hooked,
     inputs,
     mask,
     objects,
@@ -44,7 +44,7 @@ from models import (
     transformers,
     two_stages,
 )
-from peft import LoraConfig
+from support.wrapped import wrapped
 from torch import Tensor, fx, nn
 
 import tome_fx
@@ -142,11 +142,11 @@ def test_the_original_is_left_as_it_is_bit_for_bit(build: Callable[[], Any]) -> 
 
 
 @pytest.mark.parametrize("build", MODELS)
-def test_self_attention_sees_merged_tokens_as_if_by_hooks(build: Callable[[], Any]) -> None:
+def test_self_attention_sees_merged_tokens_as_if_by_wrapped_children(build: Callable[[], Any]) -> None:
     model = build()
     arguments = inputs(model, 17, 24)
     ours = output(transform(model, ratio=0.4, use_rand=False), arguments)
-    assert torch.equal(ours, output(hooked(model, ratio=0.4), arguments))
+    assert torch.equal(ours, output(wrapped(model, ratio=0.4), arguments))
     assert relative_error(ours, output(model, arguments)) > 1e-3
 
 
@@ -157,7 +157,7 @@ def test_proportional_attention_sees_every_token_in_the_place_of_its_slots_mean(
 ) -> None:
     arguments = inputs(build())
     plain, ours = (output(transform(build(), ratio, use_rand=False, prop_attn=p), arguments) for p in (False, True))
-    assert relative_error(ours, output(hooked(build(), ratio, prop_attn=True), arguments)) < 1e-5
+    assert relative_error(ours, output(wrapped(build(), ratio, prop_attn=True), arguments)) < 1e-5
     assert relative_error(ours, plain) > 1e-4
 
 
@@ -394,7 +394,7 @@ def test_an_optional_input_has_its_effect_and_merging_goes_on(extra: dict[str, A
     without = output(result, arguments)
     for _ in range(2):  # the second call finds the graph that the first one traced
         ours = output(result, {**arguments, **extra})
-        assert torch.equal(ours, output(hooked(model), {**arguments, **extra}))
+        assert torch.equal(ours, output(wrapped(model), {**arguments, **extra}))
         assert relative_error(ours, output(model, {**arguments, **extra})) > 1e-3
         assert (relative_error(ours, without) > 1e-3) == acts
     assert torch.equal(output(result, arguments), without)
@@ -420,7 +420,7 @@ def test_grounded_generation_is_served_by_the_same_model_as_plain_generation() -
     result = transform(model, ratio=0.5, use_rand=False)
     for _ in range(2):
         for given in (arguments, grounded):
-            assert torch.equal(output(result, given), output(hooked(model), given))
+            assert torch.equal(output(result, given), output(wrapped(model), given))
     assert relative_error(output(result, grounded), output(result, arguments)) > 1e-3
     assert torch.equal(output(transform(model, ratio=0), grounded), output(model, grounded))
 
@@ -457,9 +457,9 @@ def test_gradients_reach_the_shared_parameters() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0, 0.5])
-def test_gradients_are_those_of_hooks(ratio: float) -> None:
+def test_gradients_are_those_of_wrapped_children(ratio: float) -> None:
     model = copy.deepcopy(two_stages()).train()
-    expected = gradients(hooked(model, ratio), inputs(model))
+    expected = gradients(wrapped(model, ratio), inputs(model))
     ours = gradients(transform(model, ratio=ratio, use_rand=False), inputs(model))
     assert ours.keys() == expected.keys()
     for name, gradient in ours.items():

@@ -5,21 +5,17 @@ works on a deep copy. No builder and no helper moves the random state of the pro
 """
 
 import contextlib
-import copy
 import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from tome_fx import ops
 from tome_fx.families.inputs import example_inputs
-from tome_fx.families.unet import find_sites
-from tome_fx.plan import Grid, Plan
 
 TEXT_TOKENS = 5  # few, as no test depends on how many there are
 
@@ -93,6 +89,48 @@ def controlnet() -> ControlNetModel:
     return _without_zeros(model)
 
 
+@functools.cache
+def motion_modules() -> MotionAdapter:
+    """AnimateDiff's attention over time, for `sd15()`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MotionAdapter(
+            block_out_channels=(32, 32, 64, 64),
+            motion_layers_per_block=1,
+            motion_num_attention_heads=2,
+            motion_norm_num_groups=8,
+        ).eval()
+
+
+def animated(unet: UNet2DConditionModel) -> UNetMotionModel:
+    """What `AnimateDiffPipeline` makes of a UNet of the size of `sd15()`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNetMotionModel.from_unet2d(unet, motion_modules()).eval()
+
+
+@functools.cache
+def motion() -> UNetMotionModel:
+    """AnimateDiff in small: `sd15()` with attention over the frames of a clip beside it."""
+    return animated(sd15())
+
+
+@functools.cache
+def clips() -> UNet3DConditionModel:
+    """A text-to-video UNet of two stages, with convolutions and attention over the frames of a clip."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNet3DConditionModel(
+            sample_size=32,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            cross_attention_dim=16,
+            attention_head_dim=8,
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        ).eval()
+
+
 def _without_zeros(model: Any) -> Any:
     """The model as if trained: what starts from zero, so as to have no effect at first, has one."""
     with torch.random.fork_rng(devices=[]):
@@ -122,12 +160,18 @@ def _unet(down_block_types: tuple[str, ...], **config: Any) -> UNet2DConditionMo
 def inputs(
     model: Any, height: int = 32, width: int = 32, *, batch: int = 2, seed: int = 0, text_tokens: int = TEXT_TOKENS
 ) -> dict[str, Any]:
-    """Arguments for a forward of the model, in its dtype and on its device: the same for the same seed."""
+    """Arguments for a forward of the model, in its dtype and on its device: the same for the same seed.
+
+    Of a model of clips each has three frames.
+    """
+    options: dict[str, Any] = {"batch": batch, "text_tokens": text_tokens, "device": model.device, "dtype": model.dtype}
+    options["frames"] = 3 if isinstance(model, (UNetMotionModel, UNet3DConditionModel)) else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return example_inputs(
-            model, height, width, batch=batch, text_tokens=text_tokens, device=model.device, dtype=model.dtype
-        )
+        arguments = example_inputs(model, height, width, **options)
+    if isinstance(model, UNetMotionModel):  # which wants the prompt once for each frame
+        arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"].repeat_interleave(3, 0)
+    return arguments
 
 
 def mask() -> Tensor:
@@ -176,50 +220,6 @@ def blocks(model: nn.Module) -> dict[str, Any]:
 def transformers(model: nn.Module) -> dict[str, Any]:
     """Every `Transformer2DModel` of the model, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, Transformer2DModel)}
-
-
-def hooked(model: Any, ratio: float = 0.5, **options: Any) -> Any:
-    """A copy that merges by hooks: what `transform` of the same options must equal, bit for bit.
-
-    Only the operations and the arithmetic of the grid are shared with it; destinations are the top left tokens if not
-    asked otherwise. With `prop_attn` keys and values are the means in the place of all tokens: equal up to rounding.
-    """
-    result, plan = copy.deepcopy(model), Plan(ratio, **{"use_rand": False, **options})
-    sites = find_sites(model) if plan.matches else []
-    deepest = plan.max_downsample or min((site.downsample for site in sites), default=0)
-    for site in sites:
-        if site.downsample <= deepest:
-            _hook(result.get_submodule(site.transformer), result.get_submodule(site.path), plan)
-    return result
-
-
-def _hook(transformer: nn.Module, block: Any, plan: Plan) -> None:
-    seen: dict[str, Any] = {}
-
-    def size(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        (image,) = args[:1] or (kwargs["hidden_states"],)
-        height, width = image.shape[-2:]
-        seen["grid"] = Grid(height, width, plan.sx, plan.sy, plan.ratio, plan.dynamic_ratio)
-
-    def match(_: nn.Module, args: tuple[Any, ...]) -> None:
-        grid = seen["grid"]
-        options = {"kept": grid.kept, "sx": plan.sx, "sy": plan.sy, "seed": plan.cell_seed}
-        seen["slots"] = ops.match(args[0], grid.height, grid.width, **options)
-
-    def merge(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tokens = ops.merge(args[0], seen["slots"])
-        if plan.prop_attn and module is block.attn1:
-            kwargs["encoder_hidden_states"] = ops.unmerge(tokens, seen["slots"])
-        return (tokens, *args[1:]), kwargs
-
-    def unmerge(_: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
-        return ops.unmerge(result, seen["slots"])
-
-    transformer.register_forward_pre_hook(size, with_kwargs=True)
-    block.register_forward_pre_hook(match)
-    for scope in plan.scopes:
-        getattr(block, scope).register_forward_pre_hook(merge, with_kwargs=True)
-        getattr(block, scope).register_forward_hook(unmerge)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,76 @@
+"""The oracle: diffusers' own forwards with merging around the children of each block, and no graph anywhere.
+
+`transform` must equal it bit for bit. Only the operations on tokens, the arithmetic of the grid and the list of sites
+are shared with it.
+
+A child is wrapped by a subclass of its own class, which merges in `__call__`, and not by a module around it: names,
+attributes and types stay what diffusers, peft, accelerate and torchao look for, so that any feature can be switched on
+before or after. It is `__call__` and not `forward` or a hook, since what users put on `attn1` sees merged tokens.
+"""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from torch import Tensor, nn
+
+from tome_fx import ops
+from tome_fx.families.unet import find_sites
+from tome_fx.plan import Grid, Plan
+
+
+def wrapped(model: Any, ratio: float = 0.5, **options: Any) -> Any:
+    """A copy of the model that merges as `transform` of the same options does.
+
+    Destinations are the top left tokens if not asked otherwise. With `prop_attn` keys and values are the means in the
+    place of all tokens, which is the same up to rounding.
+    """
+    result, plan = copy.deepcopy(model), Plan(ratio, **{"use_rand": False, **options})
+    sites = find_sites(model) if plan.matches else []
+    deepest = plan.max_downsample or min((site.downsample for site in sites), default=0)
+    for site in sites:
+        if site.downsample <= deepest:
+            _wrap_site(result.get_submodule(site.transformer), result.get_submodule(site.path), plan)
+    return result
+
+
+def _wrap_site(transformer: nn.Module, block: nn.Module, plan: Plan) -> None:
+    seen: dict[str, Any] = {}  # the grid of the transformer's image, and the slot map of the block's tokens
+
+    def measure(call: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        height, width = hidden_states.shape[-2:]
+        seen["grid"] = Grid(height, width, plan.sx, plan.sy, plan.ratio, plan.dynamic_ratio)
+        return call(hidden_states, *args, **kwargs)
+
+    def match(call: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        grid = seen["grid"]
+        options = {"kept": grid.kept, "sx": plan.sx, "sy": plan.sy, "seed": plan.cell_seed}
+        seen["slots"] = ops.match(hidden_states, grid.height, grid.width, **options)
+        return call(hidden_states, *args, **kwargs)
+
+    def merge(call: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        tokens = ops.merge(hidden_states, seen["slots"])
+        return ops.unmerge(call(tokens, *args, **kwargs), seen["slots"])
+
+    def merge_weighted(call: Any, hidden_states: Tensor, *_: Any, **kwargs: Any) -> Any:
+        tokens = ops.merge(hidden_states, seen["slots"])
+        kwargs["encoder_hidden_states"] = ops.unmerge(tokens, seen["slots"])
+        return ops.unmerge(call(tokens, **kwargs), seen["slots"])
+
+    known = TransformerBlockRegistry.get(type(block))  # where layer skipping looks up what a block returns
+    _wrap(transformer, measure)
+    _wrap(block, match)
+    TransformerBlockRegistry.register(type(block), replace(known, _cached_parameter_indices=None))
+    for scope in plan.scopes:
+        _wrap(block.get_submodule(scope), merge_weighted if scope == "attn1" and plan.prop_attn else merge)
+
+
+def _wrap(module: nn.Module, around: Any) -> None:
+    """Have every call of the module go through `around`, which is given what it may call and the arguments."""
+    cls = type(module)
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(lambda *given, **named: cls.__call__(self, *given, **named), *args, **kwargs)
+
+    module.__class__ = type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
