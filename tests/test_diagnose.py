@@ -299,3 +299,10 @@ def test_an_error_of_the_model_passes_through_and_leaves_torch_as_it_was() -> No
     with pytest.raises(TypeError, match="timestep"):
         diagnose(quick(model), inputs(model, 16, 16)["sample"])
     assert GraphLowering.save_output_code is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_calls_of_aten_are_found_under_any_grad_mode(mode: Callable[[], Any]) -> None:
+    code = ["aten._embedding_bag_forward_only.default(buf0)", "aten._embedding_bag.default(buf0)"]
+    with mode():
+        assert _fallbacks(code) == {"_embedding_bag_forward_only": 1, "_embedding_bag": 1}

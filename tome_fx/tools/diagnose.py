@@ -264,8 +264,9 @@ class _Recorder(TorchDispatchMode):
 
 def _fallbacks(code: list[str]) -> dict[str, int]:
     """The calls of ATen in the generated code, in place or not, by the names of operations that a merge is made of."""
-    tokens = torch.zeros(1, 4, 1)
-    with _Recorder() as recorder:
+    # Under any mode of the caller's the names of all are wanted, so the tokens are no inference tensors either.
+    with torch.inference_mode(False), torch.enable_grad(), _Recorder() as recorder:
+        tokens = torch.zeros(1, 4, 1)
         for seed in (None, 0):
             slots = ops.match(tokens, 2, 2, kept=3, sx=2, sy=2, seed=seed)
             for some in (tokens, tokens.clone().requires_grad_()):
