@@ -202,9 +202,9 @@ def test_the_code_of_a_merged_block_reads_as_the_docstring_says() -> None:
     assert code(graph) == [
         "def forward(self, x, slots = None):",
         "norm = self.norm(x)",
-        "merge = tome_fx_ops_merging_merge(norm, slots)",
+        "merge = tome_fx_ops_merge(norm, slots)",
         "attn = self.attn(merge)",
-        "unmerge = tome_fx_ops_merging_unmerge(attn, slots)",
+        "unmerge = tome_fx_ops_unmerge(attn, slots)",
         "add = x + unmerge",
         "ff = self.ff(add)",
         "add_1 = add + ff",
@@ -217,11 +217,11 @@ def test_the_code_of_weighed_attention_reads_as_the_docstring_says() -> None:
     assert insert_merge(graph, scopes("attn", "ff"), weigh=True) == assert_paired(graph) == 2
     assert code(graph)[1:7] == [
         "norm = self.norm(x)",
-        "merge = tome_fx_ops_merging_merge(norm, slots)",
-        "log_sizes = tome_fx_ops_merging_log_sizes(norm, slots)",
+        "merge = tome_fx_ops_merge(norm, slots)",
+        "log_sizes = tome_fx_ops_log_sizes(norm, slots)",
         "attn_1 = self.attn",
         "attend = tome_fx_graph_nodes_attend(attn_1, merge, attention_mask = log_sizes)",
-        "unmerge = tome_fx_ops_merging_unmerge(attend, slots)",
+        "unmerge = tome_fx_ops_unmerge(attend, slots)",
     ]
     assert counts(graph)[ops.log_sizes] == 1
 
@@ -230,14 +230,14 @@ def test_the_code_of_an_outer_graph_matches_before_each_named_block() -> None:
     graph = by_template(Outer())
     assert insert_match(graph, stack("first", "second"), **MATCH) == 2
     lines = code(graph)
-    match = "tome_fx_ops_matching_match({}, getitem, getitem_1, kept = kept, sx = 2, sy = 2, seed = 7)"
+    match = "tome_fx_ops_match({}, getitem, getitem_1, kept = kept, sx = 2, sy = 2, seed = 7)"
     assert lines[:10] == [
         "def forward(self, noise, image):",
-        "grid_of = tome_fx_ops_matching_grid_of(image)",
+        "grid_of = tome_fx_ops_grid_of(image)",
         "getitem = grid_of[0]",
         "getitem_1 = grid_of[1]",
         "ratio = self.ratio",
-        "kept = tome_fx_ops_matching_kept(getitem, getitem_1, ratio)",
+        "kept = tome_fx_ops_kept(getitem, getitem_1, ratio)",
         "flatten = image.flatten(2)",
         "getattr_1 = flatten.mT",
         f"match = {match.format('getattr_1')}",

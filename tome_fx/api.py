@@ -186,14 +186,15 @@ def transformed(model: nn.Module) -> tuple[nn.Module, Merging]:
 
 
 def compiled_parts(model: nn.Module) -> list[nn.Module]:
-    """The modules that are compiled by themselves: by `.compile()`, by blocks, or by a compiled forward."""
-    return [
-        module
-        for module in model.modules()
-        if module._compiled_call_impl is not None
-        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        or hasattr(module, "_orig_mod")
-    ]
+    """The modules that are compiled, in whatever way; not those within another one, which are part of its graph.
+
+    A hook wrapped around a compiled forward, as offloading does it, leaves it compiled.
+    """
+    forward = vars(model).get("forward")
+    by_forward = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
+    if by_forward or hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        return [model]
+    return list(dict.fromkeys(part for child in model.children() for part in compiled_parts(child)))
 
 
 def _check_type(model: object) -> None:

@@ -20,3 +20,6 @@ __all__ = [
     "size_as_ratio",
     "unmerge",
 ]
+
+for _name in __all__:  # so that printed graphs and tracebacks name them as they are imported
+    globals()[_name].__module__ = __name__
