@@ -3,7 +3,7 @@
 from tome_fx.api import set_ratio, transform
 from tome_fx.plan import TransformError, __version__
 from tome_fx.tools.diagnose import Diagnosis, Finding, diagnose
-from tome_fx.tools.explain import Report, Row, explain
+from tome_fx.tools.explain import Report, SiteReport, explain
 from tome_fx.tools.schedule import RatioSchedule
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "Finding",
     "RatioSchedule",
     "Report",
-    "Row",
+    "SiteReport",
     "TransformError",
     "__version__",
     "diagnose",

@@ -5,18 +5,18 @@ from dataclasses import dataclass
 import torch
 from tabulate import tabulate
 from torch import nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from tome_fx.api import transformed
 from tome_fx.families.inputs import example_inputs
-from tome_fx.families.unet import VIDEO, Model, merged_sites, share
+from tome_fx.families.skeleton import skeleton
+from tome_fx.families.unet import VIDEO, merged_sites
 from tome_fx.graph.specialize import original
-from tome_fx.plan import Grid, downsampled, integer
+from tome_fx.plan import Grid, TransformError, downsampled, integer
 
 
 @dataclass(frozen=True)
-class Row:
+class SiteReport:
     """One site. Tokens and FLOPs are per image, or per frame of a clip; a multiply-add is two FLOPs.
 
     `flops_before` is the block's own cost, `flops_after` its cost with merged tokens, matching included. `note`
@@ -40,7 +40,7 @@ class Report:
     """What `explain` found; `print` shows it as a table, `rows` are its data. FLOPs are per image."""
 
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[SiteReport, ...]
     flops_before: int
     flops_after: int
 
@@ -72,7 +72,12 @@ class Report:
 
 
 def explain(model: nn.Module, height: int, width: int) -> Report:
-    """Count what merging saves at a latent size, without running anything: the model is evaluated on meta tensors.
+    """Count what merging saves at a latent size, without running anything: shapes alone go through a copy of the model.
+
+    Counted are the layers, a LoRA's among them, and attention. What they are run with costs the same and is not
+    called: hooks, attention processors, offloading, sharding, casting, quantization, checkpointing, compiled code.
+    Not counted is what a processor does besides attention: the image prompt of an IP-Adapter, the perturbed images of
+    PAG. Of a clip one frame is counted, with a time step, a prompt of 77 tokens and what else the config asks for.
 
     Args:
         model: What `tome_fx.transform` returned, compiled or not. It is left as it is.
@@ -85,21 +90,27 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
     Raises:
         TypeError: `model`, `height` or `width` is of the wrong type.
         ValueError: `height` or `width` is below 1.
-        TransformError: The model is not transformed, or asks for inputs that are not known here.
+        TransformError: The model is not transformed, asks for inputs that are not known here, or has a module that
+            shapes alone cannot go through.
     """
     model, merging = transformed(model)
     for name, size in (("height", height), ("width", width)):
         if integer(name, size) < 1:
             raise ValueError(f"{name} must be at least 1 latent, got {size}")
     plan = merging.plan
-    before, after = _flops(_plain(model), height, width), _flops(share(model), height, width)  # a copy is not compiled
+    shapes = skeleton(model)
+    after = _flops(shapes, height, width)
+    sites = merged_sites(shapes, plan)
+    for module in shapes.modules():
+        module.__class__ = original(type(module))
+    before = _flops(shapes, height, width)
 
     rows = []
-    for site in merged_sites(model, plan):
+    for site in sites:
         side = downsampled(height, site.downsample), downsampled(width, site.downsample)
         grid = Grid(*side, plan.sx, plan.sy, plan.ratio, plan.dynamic_ratio)
         rows.append(
-            Row(
+            SiteReport(
                 path=site.path,
                 height=grid.height,
                 width=grid.width,
@@ -107,38 +118,33 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
                 merged=grid.merged,
                 kept=grid.kept,
                 scopes=plan.scopes,
-                flops_before=before[site.path],
-                flops_after=after[site.path] + plan.matches * grid.match_flops(site.channels),
+                flops_before=before.get(site.path, 0),  # a block may be there and not be run
+                flops_after=after.get(site.path, 0) + plan.matches * grid.match_flops(site.channels),
                 note=grid.note,
             )
         )
-    title = f"{type(model).__name__} at {height} x {width} latents: ratio {plan.ratio}, cells of {plan.sx} x {plan.sy}"
+    title = f"{type(shapes).__name__} at {height} x {width} latents: ratio {plan.ratio}, cells of {plan.sx} x {plan.sy}"
     return Report(title, tuple(rows), before[""], after[""])
 
 
-def _plain(model: Model) -> Model:
-    """A copy without its merging, sharing parameters and buffers."""
-    result = share(model)
-    for module in result.modules():
-        module.__class__ = original(type(module))
-    return result
-
-
 def _flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
-    """FLOPs of every module by its path, for one image; the model is a copy, whose hooks are taken off."""
-    for module in model.modules():  # what users hang on to a call is not for this one
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
-    weights = {
-        name: torch.empty_like(tensor, device="meta")
-        for tensors in (model.named_parameters(), model.named_buffers())
-        for name, tensor in tensors
-    }
-    some = next(model.parameters())
+    """FLOPs of every module by its path, for one image; the model is a skeleton.
+
+    Raises:
+        TransformError: Its inputs are not known, or a module cannot be run for its shapes.
+    """
     frames = 1 if isinstance(model, VIDEO) else None
-    inputs = example_inputs(model, height, width, batch=1, frames=frames, device="meta", dtype=some.dtype)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        functional_call(model, weights, kwargs=inputs)
+    inputs = example_inputs(model, height, width, batch=1, frames=frames, device="meta")
     root = type(model).__name__
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(**inputs)
+    except TransformError:
+        raise
+    except Exception as error:
+        raise TransformError(
+            f"the FLOPs of {root} at {height} x {width} latents cannot be counted: its structure does not run on "
+            f"tensors without values: {type(error).__name__}: {error}"
+        ) from error
     counts = {path: sum(ops.values()) for path, ops in counter.get_flop_counts().items()}
     return {path.removeprefix(root).removeprefix("."): count for path, count in counts.items() if path != "Global"}
