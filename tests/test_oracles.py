@@ -178,10 +178,11 @@ def test_every_kind_of_call_is_made_of_some_model() -> None:
     assert {name for _, name in (p.values for p in calls())} == set(CALLS)
 
 
-def test_kinds_of_calls_that_take_turns_do_not_disturb_one_another() -> None:
-    model = two_stages()
+@pytest.mark.parametrize("build", [two_stages, gligen])
+def test_kinds_of_calls_that_take_turns_do_not_disturb_one_another(build: Build) -> None:
+    model = build()
     result, oracle = transform(model, 0.5, use_rand=False), wrapped(model)
-    names = [name for name in CALLS if takes(two_stages, name)]
+    names = [name for name in CALLS if takes(build, name)]
     with torch.no_grad():
         for name in [*names, *reversed(names)]:
             arguments = {**inputs(model, *SIZE), **CALLS[name]}

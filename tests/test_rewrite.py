@@ -416,7 +416,8 @@ def test_tokens_may_be_given_by_name_and_come_back_in_a_tuple(trace: Trace, weig
 
 
 def slots_of(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.target == "slots")
+    slots: fx.Node = next(node for node in graph.nodes if node.target == "slots")
+    return slots
 
 
 def test_a_call_without_the_tokens_is_an_error_that_names_them() -> None:

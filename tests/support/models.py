@@ -222,6 +222,15 @@ def transformers(model: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in model.named_modules() if isinstance(module, Transformer2DModel)}
 
 
+def gradients(model: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """Those of all parameters, by their names in a model that nothing is wrapped around; asserts that there are any."""
+    model.zero_grad()
+    model(**arguments).sample.square().mean().backward()
+    found = {name.removeprefix("module."): parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in found.values())
+    return {name: gradient.clone() for name, gradient in found.items()}
+
+
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
     """Have PyTorch compute with this many threads, and as before afterwards. These models are too small for many."""
