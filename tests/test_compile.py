@@ -42,13 +42,14 @@ pytestmark = [
     # torch's own, on the first import of its compiler in a process
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
-UNETS = [sd15, sd21, sdxl]
 
 
 # ------------------------------------------------------------------------------------------------ the whole model
 
 
-@pytest.mark.parametrize("build", [*UNETS, controlnet, gligen])
+@pytest.mark.parametrize(
+    "build", [sdxl, *(pytest.param(b, marks=pytest.mark.slow) for b in (sd15, sd21, controlnet, gligen))]
+)
 def test_the_whole_model_is_one_graph_with_every_merge_in_it(build: Callable[[], Any], counter: Any) -> None:
     model = transform(build(), ratio=0.5)
     arguments = inputs(model)
@@ -145,7 +146,9 @@ def test_an_optional_input_that_is_first_met_while_compiling_leaves_merging_in_p
 
 
 @pytest.mark.parametrize("options", [{}, {"max_downsample": 2}, EVERYTHING], ids=["defaults", "two", "everything"])
-@pytest.mark.parametrize("build, stock", [(sd15, 3), (sd21, 3), (sdxl, 2)])
+@pytest.mark.parametrize(
+    "build, stock", [*(pytest.param(b, 3, marks=pytest.mark.slow) for b in (sd15, sd21)), (sdxl, 2)]
+)
 def test_regional_compile_takes_no_more_compiles_than_the_stock_model(
     build: Callable[[], Any], stock: int, options: dict[str, Any]
 ) -> None:
