@@ -19,6 +19,7 @@ import torch
 from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
 from diffusers.models.controlnets import MultiControlNetModel
 from support import models
+from support.features import CONDITION, REFUSED, WORKS, merged
 from support.models import blocks, relative_error, transformers
 from support.wrapped import wrapped
 from torch import Tensor, nn
@@ -31,7 +32,6 @@ pytestmark = [
 
 HEIGHT, WIDTH = 32, 48  # of the images, twice the size of the latents
 FRAMES = 3
-WORKS, CONDITION, REFUSED = "works", "works with a condition", "refused"
 
 Build = Callable[[], Any]
 Change = Callable[[Any], Any]
@@ -39,10 +39,6 @@ Change = Callable[[Any], Any]
 
 def supports(feature: str, verdict: str, condition: str = "", group: str = "Pipelines") -> pytest.MarkDecorator:
     return pytest.mark.supports(group, feature, verdict, condition)
-
-
-def merged(model: Any) -> Any:
-    return transform(model, 0.5, use_rand=False)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
