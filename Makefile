@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint bench report clean
+.PHONY: help demo test test-all lint bench report clean
 
 help: ## Show the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 $(READY): requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -22,7 +22,10 @@ $(READY): requirements-dev.txt pyproject.toml
 demo: $(READY) ## Token merging in a StableDiffusionPipeline, against its peers; with JSON=bench/results/demo.json for the README
 	$(BIN)/python -m bench demo $(if $(JSON),--json $(JSON))
 
-test: $(READY) ## Run the tests, in JOBS processes
+test: $(READY) ## Run the fast tests, in JOBS processes: before each commit
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+
+test-all: $(READY) ## Run every test, as CI does
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(READY) ## Check style, types, and that the README's numbers are those of bench/results

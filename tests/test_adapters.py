@@ -248,12 +248,18 @@ UNDONE: dict[str, Any] = {
 }
 
 
-def everywhere(cases: dict[str, Any], ends: bool = False) -> pytest.MarkDecorator:
-    """Each case with each place for the transform among its steps, or with the first and the last only."""
+def everywhere(cases: dict[str, Any], ends: bool = False, fast: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """Each case with each place for the transform among its steps, or with the first and the last only.
+
+    Where some are named fast, the others are slow.
+    """
     rows = [(name, place) for name, (case, *_) in cases.items() for place in range(len(case.steps) + 1)]
     if ends:
         rows = [(name, place) for name, place in rows if place in (0, len(cases[name][0].steps))]
-    parameters = [pytest.param(cases[n][0], place, id=f"{n}-{place}", marks=cases[n][1:]) for n, place in rows]
+    marks = {
+        name: (*rest, *([pytest.mark.slow] if fast and name not in fast else [])) for name, (_, *rest) in cases.items()
+    }
+    parameters = [pytest.param(cases[n][0], place, id=f"{n}-{place}", marks=marks[n]) for n, place in rows]
     return pytest.mark.parametrize("case, place", parameters)
 
 
@@ -378,7 +384,7 @@ def test_xformers_gives_what_it_gives_in_the_stock_model(place: int) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@everywhere(CASES | {"qkv": UNDONE["qkv"]}, ends=True)
+@everywhere(CASES | {"qkv": UNDONE["qkv"]}, ends=True, fast=("lora-scale", "ip-masks"))
 def test_compiled_it_is_one_graph_that_gives_what_eager_gives(case: Case, place: int) -> None:
     result, arguments = case.unet(place), case.arguments()
     compiled = torch.compile(result, backend="eager", fullgraph=True)
@@ -388,7 +394,7 @@ def test_compiled_it_is_one_graph_that_gives_what_eager_gives(case: Case, place:
 
 @supports("LoRA hotswap")
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("place", [0, *(pytest.param(place, marks=pytest.mark.slow) for place in (1, 2))])
 def test_a_lora_is_swapped_for_another_in_a_compiled_model_without_a_recompile(place: int) -> None:
     case = Case((do("enable_lora_hotswap", target_rank=8), load))
     compiled: Any = torch.compile(case.unet(place), backend="eager", fullgraph=True)

@@ -42,13 +42,14 @@ pytestmark = [
     # torch's own, on the first import of its compiler in a process
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
-UNETS = [sd15, sd21, sdxl]
 
 
 # ------------------------------------------------------------------------------------------------ the whole model
 
 
-@pytest.mark.parametrize("build", [*UNETS, controlnet, gligen])
+@pytest.mark.parametrize(
+    "build", [sdxl, *(pytest.param(b, marks=pytest.mark.slow) for b in (sd15, sd21, controlnet, gligen))]
+)
 def test_the_whole_model_is_one_graph_with_every_merge_in_it(build: Callable[[], Any], counter: Any) -> None:
     model = transform(build(), ratio=0.5)
     arguments = inputs(model)
@@ -105,9 +106,10 @@ def test_a_shape_is_compiled_once(counter: Any) -> None:
         assert_no_break_and(counter, 3)
 
 
-def test_dynamic_shapes_take_no_more_compiles_than_the_stock_model() -> None:
+@pytest.mark.parametrize("build", [one_block, pytest.param(one_stage, marks=pytest.mark.slow)])
+def test_dynamic_shapes_take_no_more_compiles_than_the_stock_model(build: Callable[[], Any]) -> None:
     taken = {}
-    for name, model in (("stock", one_stage()), ("ours", transform(one_stage(), ratio=0.5))):
+    for name, model in (("stock", build()), ("ours", transform(build(), ratio=0.5))):
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("eager")
         compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
@@ -122,7 +124,7 @@ def test_dynamic_shapes_take_no_more_compiles_than_the_stock_model() -> None:
     "build, extra",
     [
         (two_stages, {"encoder_attention_mask": mask()}),
-        (gligen, {"cross_attention_kwargs": {"gligen": objects()}}),
+        pytest.param(gligen, {"cross_attention_kwargs": {"gligen": objects()}}, marks=pytest.mark.slow),
     ],
     ids=["mask", "gligen"],
 )
@@ -145,7 +147,9 @@ def test_an_optional_input_that_is_first_met_while_compiling_leaves_merging_in_p
 
 
 @pytest.mark.parametrize("options", [{}, {"max_downsample": 2}, EVERYTHING], ids=["defaults", "two", "everything"])
-@pytest.mark.parametrize("build, stock", [(sd15, 3), (sd21, 3), (sdxl, 2)])
+@pytest.mark.parametrize(
+    "build, stock", [*(pytest.param(b, 3, marks=pytest.mark.slow) for b in (sd15, sd21)), (sdxl, 2)]
+)
 def test_regional_compile_takes_no_more_compiles_than_the_stock_model(
     build: Callable[[], Any], stock: int, options: dict[str, Any]
 ) -> None:
@@ -172,9 +176,9 @@ CONTEXTS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("dynamic_ratio", [False, True])
+@pytest.mark.parametrize("dynamic_ratio", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, pytest.param(torch.channels_last, marks=pytest.mark.slow)])
 def test_contexts_and_memory_formats_change_no_count_and_no_result(
     layout: torch.memory_format, context: Any, dynamic_ratio: bool, counter: Any
 ) -> None:
@@ -188,7 +192,11 @@ def test_contexts_and_memory_formats_change_no_count_and_no_result(
     assert_no_break_and(counter, 1)
 
 
-@pytest.mark.parametrize("options", [{"seed": 5}, {"seed": 5, **EVERYTHING}], ids=["defaults", "everything"])
+@pytest.mark.parametrize(
+    "options",
+    [{"seed": 5}, pytest.param({"seed": 5, **EVERYTHING}, marks=pytest.mark.slow)],
+    ids=["defaults", "everything"],
+)
 def test_random_destinations_are_the_same_when_compiled(options: dict[str, Any]) -> None:
     model = transform(two_stages(), ratio=0.5, **options)
     arguments = inputs(model)

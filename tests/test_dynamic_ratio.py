@@ -38,7 +38,9 @@ def test_a_dynamic_ratio_that_is_set_in_the_middle_of_inference_costs_no_compile
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("build", [one_block, two_stages, sdxl])
+@pytest.mark.parametrize(
+    "build", [one_block, *(pytest.param(build, marks=pytest.mark.slow) for build in (two_stages, sdxl))]
+)
 def test_one_graph_serves_every_ratio(build: Callable[[], Any], counter: Any) -> None:
     model = transform(build(), ratio=0.5, dynamic_ratio=True)
     compiled = whole(model, counter)
@@ -52,6 +54,7 @@ def test_one_graph_serves_every_ratio(build: Callable[[], Any], counter: Any) ->
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_dynamic_sizes_and_a_dynamic_ratio_take_the_compiles_of_the_stock_model() -> None:
     taken = {}
     for name, model in (("stock", one_block()), ("ours", transform(one_block(), ratio=0.5, dynamic_ratio=True))):

@@ -35,7 +35,7 @@ def exportable(model: Any, height: int = 16, width: int = 16) -> tuple[tuple[Ten
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("build", [two_stages, sdxl])
+@pytest.mark.parametrize("build", [two_stages, pytest.param(sdxl, marks=pytest.mark.slow)])
 def test_export_takes_the_model_and_gives_what_eager_gives(build: Callable[[], Any], strict: bool) -> None:
     model = transform(build(), ratio=0.5)
     args, kwargs = exportable(model)

@@ -75,7 +75,7 @@ def transformer(**options: bool) -> tuple[Any, tuple[Tensor, Tensor]]:
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch's own, of its autotuning
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_the_modes_of_inductor_give_what_eager_gives(mode: str) -> None:
-    """Their CUDA graphs are for the test above, which needs a GPU."""
+    """Their CUDA graphs are for the tests below, which need a GPU."""
     model, (image, prompt) = transformer()
     compiled: Any = torch.compile(model, fullgraph=True, mode=mode)
     with torch.no_grad(), fresh_cache():

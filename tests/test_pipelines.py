@@ -19,6 +19,7 @@ import torch
 from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
 from diffusers.models.controlnets import MultiControlNetModel
 from support import models
+from support.features import CONDITION, REFUSED, WORKS, merged
 from support.models import blocks, relative_error, transformers
 from support.wrapped import wrapped
 from torch import Tensor, nn
@@ -31,7 +32,6 @@ pytestmark = [
 
 HEIGHT, WIDTH = 32, 48  # of the images, twice the size of the latents
 FRAMES = 3
-WORKS, CONDITION, REFUSED = "works", "works with a condition", "refused"
 
 Build = Callable[[], Any]
 Change = Callable[[Any], Any]
@@ -39,10 +39,6 @@ Change = Callable[[Any], Any]
 
 def supports(feature: str, verdict: str, condition: str = "", group: str = "Pipelines") -> pytest.MarkDecorator:
     return pytest.mark.supports(group, feature, verdict, condition)
-
-
-def merged(model: Any) -> Any:
-    return transform(model, 0.5, use_rand=False)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -181,11 +177,14 @@ CASES = {
 }
 
 
-def cases(*names: str) -> list[Any]:
-    """The cases of these names, or all."""
+def cases(*names: str, fast: tuple[str, ...] = ()) -> list[Any]:
+    """The cases of these names, or all; where some are named fast, the others are slow."""
     chosen = {name: CASES[name] for name in names or CASES}
     works = {name: (CONDITION if case.condition else WORKS, case.condition) for name, case in chosen.items()}
-    return [pytest.param(c, id=name, marks=supports(c.feature, *works[name])) for name, c in chosen.items()]
+    marks = {name: [pytest.mark.slow] if fast and name not in fast else [] for name in chosen}
+    return [
+        pytest.param(c, id=name, marks=[supports(c.feature, *works[name]), *marks[name]]) for name, c in chosen.items()
+    ]
 
 
 @pytest.mark.parametrize("case", cases())
@@ -228,7 +227,7 @@ def test_half_of_the_tokens_reach_attention_at_the_finest_level_over_images_and_
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", cases(fast=("text", "clips")))
 def test_a_compiled_pipeline_makes_the_same_of_as_many_graphs_as_the_stock_one(case: Case, counter: Any) -> None:
     def compiled(change: Change) -> tuple[Tensor, int]:
         torch._dynamo.reset()  # no graph of one counts for the other

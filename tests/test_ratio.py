@@ -113,6 +113,7 @@ def test_a_wrapper_put_around_the_forward_afterwards_stays_and_is_reached_throug
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 def test_a_hook_around_what_was_compiled_leaves_room_for_any_number_of_ratios(counter: Any) -> None:
     """Around the model itself dynamo sees the hook's function, which is one for all: only a dynamic ratio fits then."""
     arguments = inputs(one_block(), 8, 8)
@@ -165,7 +166,8 @@ def test_a_model_that_is_not_transformed_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "compiler, ratios, sizes", [(whole, RATIOS, [(16, 16), (16, 24)]), (in_place, RATIOS[:9], [(16, 16)])]
+    "compiler, ratios, sizes",
+    [pytest.param(whole, RATIOS, [(16, 16), (16, 24)], marks=pytest.mark.slow), (in_place, RATIOS[:9], [(16, 16)])],
 )
 def test_any_number_of_ratios_is_compiled_once_for_each_resolution_and_not_again(
     compiler: Callable[..., Any], ratios: list[float], sizes: list[tuple[int, int]], counter: Any
@@ -186,6 +188,7 @@ def test_any_number_of_ratios_is_compiled_once_for_each_resolution_and_not_again
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_any_number_of_transformed_models_compiles_one_by_one(counter: Any) -> None:
     arguments = inputs(one_block(), 16, 16)
     models = [transform(one_block(), ratio=ratio) for ratio in RATIOS]
