@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from bench import measure, report, shapes
+from bench import documents, report, shapes
 from bench.shapes import reader as judge
 from bench.shapes import train
 from bench.shapes.scenes import COLOURS, HELD_OUT, SHAPES, SIDE, THINGS, Scene, draw, numbered
@@ -174,7 +174,7 @@ def test_the_committed_pipeline_draws_what_its_captions_say(pipe: StableDiffusio
 
 
 def test_the_measured_share_of_right_captions_is_the_one_asked_for() -> None:
-    rows = measure.read(report.RESULTS / "quality.json")["rows"]
+    rows = documents.read(report.RESULTS / "quality.json")["rows"]
     assert rows[0]["case"]["variant"] == "stock"
     assert sum(rows[0]["right"]) / len(rows[0]["right"]) >= 0.85
 
