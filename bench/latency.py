@@ -16,6 +16,7 @@ from bench import documents, measure, models
 from bench.cases import SCOPES, Case
 from bench.cells import SUITES, Cell, Suite, suite
 from bench.images import decode, denoise
+from bench.options import note_given, refuse_idle
 from bench.runs import MODES, RUNS, prepare
 from bench.tables import table
 from bench.variants import merged
@@ -123,10 +124,14 @@ def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int) -> dict[str,
     )
 
 
+OF_A_SUITE = ("part", "device", "breakdown", "rounds", "json")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench latency`."""
+    note_given(parser)
     rows = "; ".join(f"{name}: {run.about}" for name, run in RUNS.items())
-    parser.add_argument("--suite", choices=SUITES, help="a fixed set of cells; the options below are then its own")
+    parser.add_argument("--suite", choices=SUITES, help=f"a fixed set of cells; goes with {', '.join(OF_A_SUITE)}")
     parser.add_argument("--part", default="1/1", help="which part of the cells, 1/3 for the first third")
     parser.add_argument("--model", nargs="+", default=["tiny"], help=f"{', '.join(models.CONFIGS)} or a folder")
     parser.add_argument("--resolution", nargs="+", type=int, default=[512], help="pixels along a side")
@@ -147,6 +152,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Run `python -m bench latency`."""
     a = arguments
+    refuse_idle(a, "suite", OF_A_SUITE)
+    for option in ("ratio", "scope", "mode"):
+        if option in a.given and not any(RUNS[name].heeds(option) for name in a.variant):
+            raise ValueError(f"{option} must not be given for {', '.join(a.variant)} alone: it would do nothing")
     if a.suite:
         chosen = suite(a.suite, a.device)
     else:

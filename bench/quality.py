@@ -17,6 +17,7 @@ from bench.cases import SCOPES, STOCK, Case
 from bench.images import Images, generate
 from bench.metrics import compare, judging, perceiving
 from bench.models import DTYPES
+from bench.options import note_given, refuse_idle
 from bench.pipelines import load, prompts_for
 from bench.quality_tables import table
 from bench.shapes.scenes import SIDE, draw
@@ -129,8 +130,13 @@ def add_times(path: Path, side: int, rounds: int, device: str = "cpu", dtype: st
     return document
 
 
+OF_TIMES = ("json", "device", "dtype")
+OF_A_MAP = ("pipeline", "ratio", "scope", "max_downsample", "prompts", "steps", "guidance", "device", "dtype")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench quality`."""
+    note_given(parser)
     parser.add_argument("--pipeline", default="shapes", help="shapes, or the folder of a pipeline with a UNet")
     parser.add_argument("--variant", nargs="+", choices=list(VARIANTS)[1:], default=["tome_fx", "tomesd"])
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.25, 0.5, 0.75])
@@ -152,11 +158,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time", type=int, metavar="SIDE", help="only time the rows of --json, at so many latents a side"
     )
-    parser.add_argument("--map", type=Path, help="only write this PNG: what the first ratio merges in the first image")
+    parser.add_argument(
+        "--map", type=Path, help="only write this PNG: what tome_fx merges in the first image, at one ratio"
+    )
 
 
 def write_map(a: argparse.Namespace) -> None:
-    """What `--map` asks for."""
+    """What `--map` asks for.
+
+    Raises:
+        ValueError: Several ratios or scopes are given, of which one would be drawn.
+    """
+    for name in {"ratio", "scope"} & {*a.given}:
+        if len(values := getattr(a, name)) > 1:
+            raise ValueError(f"{name} must be one for --map, got {', '.join(map(str, values))}")
     (text,), _ = prompts_for(a.pipeline, a.prompts, 1)
     pipe = load(a.pipeline, a.device, a.dtype)
     pipe.unet = merged(pipe.unet, Case("tome_fx", a.ratio[0], a.scope[0], a.max_downsample))
@@ -167,6 +182,8 @@ def write_map(a: argparse.Namespace) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Run `python -m bench quality`."""
     a = arguments
+    refuse_idle(a, "time", OF_TIMES)
+    refuse_idle(a, "map", OF_A_MAP)
     if a.map:
         write_map(a)
         return

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
-from bench.cases import STOCK, Case
+from bench.cases import FIXED, STOCK, Case
 from bench.variants import apply
 from tome_fx.families.unet import share
 
@@ -40,6 +40,10 @@ class Run:
     def merges(self) -> bool:
         """Whether its output may differ from the stock UNet's."""
         return self.variant != STOCK
+
+    def heeds(self, option: str) -> bool:
+        """Whether it is another run with another `ratio`, `scope` or `mode`."""
+        return self.compiled if option == "mode" else option not in FIXED.get(self.variant, {})
 
 
 RUNS = {

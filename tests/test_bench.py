@@ -245,6 +245,24 @@ def test_suites_have_the_cells_they_are_named_for() -> None:
     assert Cell("sd15", 512, guidance=False) in suite("cpu", "cpu").cells
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--variant", "todo+compile", "--ratio", "0.5"], "ratio must not be given for todo.compile alone"),
+        (["--variant", "compile", "sdpa", "--scope", "all"], "scope must not be given for compile, sdpa alone"),
+        (["--variant", "tome_fx", "tomesd", "--mode", "regional"], "mode must not be given for tome_fx, tomesd alone"),
+        (["--suite", "cpu", "--ratio", "0.5"], "--suite goes with .* alone; --ratio would do nothing"),
+        (["--suite", "cpu", "--end-to-end"], "--suite goes with .* alone; --end-to-end would do nothing"),
+    ],
+)
+def test_an_option_that_no_row_heeds_is_refused(options: list[str], message: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(latency, "run", lambda *args, **options: None)  # nothing is measured where it is not
+    parser = argparse.ArgumentParser()
+    latency.add_arguments(parser)
+    with pytest.raises(ValueError, match=message):
+        latency.main(parser.parse_args(options))
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_committed_results_have_the_schema(path: Path) -> None:
     document = documents.read(path)

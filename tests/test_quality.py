@@ -372,3 +372,20 @@ def test_the_command_writes_a_map_of_each_site_and_a_grid_of_each_row(tmp_path: 
     assert (tmp_path / "q.json").exists()
     with Image.open(tmp_path / "map.png") as maps, Image.open(tmp_path / "grid.png") as grid:
         assert maps.size[1] > 2.5 * grid.size[1]  # three sites, one prompt
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--map", "m.png", "--n", "4", "--variant", "tomesd"], "--map goes with .* alone; --n, --variant would do"),
+        (["--map", "m.png", "--ratio", "0.25", "0.5"], "ratio must be one for --map, got 0.25, 0.5"),
+        (["--time", "64", "--ratio", "0.5"], "--time goes with --json, --device, --dtype alone; --ratio would do"),
+        (["--time", "64", "--map", "m.png"], "--map would do nothing"),
+    ],
+)
+def test_what_a_map_or_times_would_pass_over_is_refused(options: list[str], message: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(quality, "load", None)  # nothing is made where it is not
+    parser = argparse.ArgumentParser()
+    quality.add_arguments(parser)
+    with pytest.raises(ValueError, match=message):
+        quality.main(parser.parse_args(options))
