@@ -313,6 +313,7 @@ def test_markers_that_are_missing_are_named() -> None:
         report.fill("text", "gpu", "table")
 
 
+@pytest.mark.slow
 def test_the_demo_counts_compiles_of_a_sweep() -> None:
     first, again = demo.sweep("tome_fx+compile", models.build("tiny"))
     assert (first, again) == (len(demo.RATIOS), 0)

@@ -43,6 +43,7 @@ def spoilt(images: Images, much: float) -> Images:
     return Images(pixels[:, :, ::4, ::4], pixels)
 
 
+@pytest.mark.slow
 def test_every_measure_falls_the_more_an_image_is_spoilt() -> None:
     good = pictures()
     judged = metrics.judging(numbered(HELD_OUT, 64))
@@ -115,6 +116,7 @@ def test_prompts_are_read_from_lines_or_from_the_column_of_a_tsv(tmp_path: Path)
         pipelines.read_prompts(table, 1)
 
 
+@pytest.mark.slow
 def test_a_run_gives_every_variant_the_same_seeds_and_keeps_all_values(tmp_path: Path) -> None:
     cases = [Case(), Case("tome_fx", 0.5), Case("tome_fx", 0.0)]
     cases += [Case(variant, 0.5) for variant in ("each-step", "tomesd", "prop_attn")]
@@ -179,6 +181,7 @@ def test_an_option_that_a_variant_would_pass_over_is_refused(case: Case, message
     assert not (tmp_path / "q.json").exists()
 
 
+@pytest.mark.slow
 def test_rows_are_added_to_those_of_the_file_and_timed_in_turns(tmp_path: Path) -> None:
     path = tmp_path / "q.json"
     options: dict[str, Any] = {"steps": 1, "guidance": 3.0, "prompts": None, "path": path}

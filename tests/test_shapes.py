@@ -142,6 +142,7 @@ def test_every_caption_fits_the_tokenizer_and_every_word_is_one_token(pipe: Stab
         assert len(words) + 2 <= pipe.tokenizer.model_max_length
 
 
+@pytest.mark.slow
 def test_a_tokenizer_for_training_is_the_same_in_every_process_and_has_each_word_as_one_token() -> None:
     program = (
         "from bench.shapes import blank; from bench.shapes.tokenizer import tokens; "
@@ -169,6 +170,7 @@ def test_the_committed_pipeline_is_ordinary_small_and_fine() -> None:
     } == {torch.float32}
 
 
+@pytest.mark.slow
 def test_the_committed_pipeline_draws_what_its_captions_say(pipe: StableDiffusionPipeline) -> None:
     scenes = numbered(HELD_OUT + 9000, 16)
     images = train.sample(pipe, scenes, SIDE)
