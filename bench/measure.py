@@ -15,7 +15,7 @@ from torch._dynamo.utils import clear_compilation_metrics, counters, get_compila
 from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
-from bench.documents import machine as machine  # tests/conftest.py has these two from here
+from bench.documents import machine as machine  # tests/support/table.py has these two from here
 from bench.documents import write as write
 
 OUT_OF_MEMORY = "OOM"

@@ -32,45 +32,32 @@ def each_step(unet: UNet2DConditionModel, case: Case, steps: int) -> Callable[..
 
 
 @dataclass(frozen=True)
-class Then:
-    """A pass of ours, and after it a change of the graph."""
+class Free:
+    """A pass of ours, with functions that cost next to nothing in the place of its operations."""
 
     inner: Pass
-    change: Callable[[fx.Graph], None]
 
     def __call__(self, graph: fx.Graph) -> int:
-        """Run both."""
+        """Change the graph in place."""
         count = self.inner(graph)
-        self.change(graph)
+        functions: dict[Any, Any] = {ops.match: no_match, ops.merge: first_tokens, ops.unmerge: repeat_tokens}
+        for node in graph.nodes:
+            node.target = functions.get(node.target, node.target)
         return count
 
 
-def changed(unet: UNet2DConditionModel, change: Callable[[fx.Graph], None]) -> UNet2DConditionModel:
-    """A transformed UNet, in place, whose graphs are changed once more: all of bench that reaches into the library."""
-    for module in unet.modules():
+def oracle(unet: UNet2DConditionModel, case: Case) -> UNet2DConditionModel:
+    """The floor: our graph with free matching and merging. All of bench that reaches into the library."""
+    result = merged(unet, case)
+    for module in result.modules():
         cls: Any = type(module)
         if hasattr(cls, "rewrite"):
-            template = cls._template
-            example = {p.name: k for p, k in zip(template.parameters, next(iter(cls.graphs))[0], strict=True)}
+            structure, (kinds, _) = cls.structure, next(iter(cls.graphs))
+            example = {p.name: kind for p, kind in zip(structure.parameters, kinds, strict=True)}
             module.__class__ = specialize(
-                module, Then(cls.rewrite, change), example=example, live=template.live, leaves=template.leaves
+                module, Free(cls.rewrite), example=example, calls=structure.calls, check=cls.check
             )
-    return unet
-
-
-def one_match(graph: fx.Graph) -> None:
-    """Drop all matches but the first: one for the stacked blocks of a transformer."""
-    first, *others = [node for node in graph.nodes if node.target is ops.match] or [None]
-    for node in others:
-        node.replace_all_uses_with(first)
-        graph.erase_node(node)
-
-
-def free(graph: fx.Graph) -> None:
-    """The oracle's graph: no matching, a slice for merge and a repeat for unmerge."""
-    functions: dict[Any, Any] = {ops.match: no_match, ops.merge: first_tokens, ops.unmerge: repeat_tokens}
-    for node in graph.nodes:
-        node.target = functions.get(node.target, node.target)
+    return result
 
 
 def no_match(tokens: Tensor, height: int, width: int, *, kept: int, **_: Any) -> ops.SlotMap:
@@ -99,8 +86,8 @@ VARIANTS: dict[str, Callable[[UNet2DConditionModel, Case, int], Callable[..., An
     "dynamic": lambda unet, case, steps: merged(unet, case, dynamic_ratio=True),
     "top-left": lambda unet, case, steps: merged(unet, case, use_rand=False),
     "each-step": each_step,
-    "one-match": lambda unet, case, steps: changed(merged(unet, case), one_match),
-    "oracle": lambda unet, case, steps: changed(merged(unet, case), free),
+    "one-match": lambda unet, case, steps: merged(unet, case, share_match=True),
+    "oracle": lambda unet, case, steps: oracle(unet, case),
     "tomesd": lambda unet, case, steps: patched(unet, case),
     "todo": lambda unet, case, steps: downsampled(unet),
 }
