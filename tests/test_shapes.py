@@ -90,6 +90,7 @@ def test_the_reader_is_not_content_with_a_spoilt_image() -> None:
     assert judge.load().right(scenes, noisy).float().mean() < 0.5
 
 
+@pytest.mark.slow
 def test_shapes_are_counted_from_pixels() -> None:
     scenes = numbered(HELD_OUT + 5000, 200)
     wanted = torch.tensor([len(scene.things) for scene in scenes])
