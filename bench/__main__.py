@@ -16,7 +16,8 @@ def main() -> None:
         module.add_arguments(command)
         command.set_defaults(main=module.main)
     arguments = parser.parse_args()
-    arguments.main(arguments)
+    run = vars(arguments).pop("main")
+    run(arguments)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
-"""What is measured: a cell is a place in a table of latencies, a case a row of one of quality, a suite many cells."""
+"""Where latency is measured: a cell is a table, a suite many cells."""
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
-from bench.variants import SCOPES, VARIANTS
-
-STOCK = "stock"
+from bench.cases import SCOPES
+from bench.runs import RUNS
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of a table: what all variants are measured on.
+    """A table: what all of its rows are measured on.
 
     Args:
         resolution: Pixels along a side of the image.
         batch: Images. The UNet sees twice as many under classifier-free guidance.
+        ratio: Of the rows that heed it, as is `scope`; `FIXED` has those that do not.
         guidance: Whether it does.
         end_to_end: Whether a sample is a whole image, through pipeline, scheduler and VAE.
     """
@@ -41,48 +40,12 @@ class Cell:
         return f"{self.model} {self.resolution}px b{self.batch} r{self.ratio} {self.scope}"
 
 
-# What some variants do not let one choose; ToDo drops three of four keys and values, whatever the ratio
-FIXED: dict[str, dict[str, Any]] = {
-    STOCK: {"ratio": 0.0, "scope": "attn", "max_downsample": None},
-    "tomesd": {"max_downsample": None},
-    "todo": {"ratio": 0.75, "scope": "attn", "max_downsample": None},
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is merged, and how."""
-
-    variant: str = STOCK
-    ratio: float = 0.0
-    scope: str = "attn"
-    max_downsample: int | None = None
-
-    @property
-    def title(self) -> str:
-        """A few words for a picture, other ones for each case: scope and levels where they are not the default."""
-        words = [self.variant, f"ratio {self.ratio:g}"]
-        words += [self.scope] if self.scope != "attn" else []
-        words += [f"levels {self.max_downsample}"] if self.max_downsample else []
-        return ", ".join(words)
-
-    def check(self) -> None:
-        """Refuse an option that the variant would pass over.
-
-        Raises:
-            ValueError: Named are the option, what is allowed and what came.
-        """
-        for name, allowed in FIXED.get(self.variant, {}).items():
-            if getattr(self, name) != allowed:
-                raise ValueError(f"{name} must be {allowed} for {self.variant}, got {getattr(self, name)}")
-
-
 @dataclass(frozen=True)
 class Suite:
-    """A set of cells with the variants and rounds they are measured with."""
+    """A set of cells with the rows of `RUNS` and the rounds they are measured with."""
 
     cells: tuple[Cell, ...]
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: tuple[str, ...] = tuple(RUNS)
     rounds: int = 10
 
 

@@ -3,7 +3,6 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,14 +13,14 @@ from torch import nn
 from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
-from bench import latency, measure, models, variants
-from tome_fx.families.unet import share
+from bench import documents, latency, measure, models
+from bench.cases import STOCK, Case
+from bench.runs import compiled
+from bench.variants import apply
 
 MODES = ("default", "regional")
-WAYS: dict[str, Callable[[Any], nn.Module]] = {
-    "stock": share,
-    "tome_fx": lambda unet: variants.merged(unet, variants.Setting()),
-}
+RATIO = 0.5
+WAYS = {STOCK: Case(), "tome_fx": Case("tome_fx", RATIO)}
 
 
 def run(names: list[str], resolution: int, rounds: int, path: Path) -> dict[str, Any]:
@@ -30,29 +29,27 @@ def run(names: list[str], resolution: int, rounds: int, path: Path) -> dict[str,
     Who goes first alternates, and a compile before the first round, which is not counted, pays for what a process does
     once.
     """
-    document: dict[str, Any] = {
-        "schema": 1,
-        "kind": "cold",
-        "note": latency.NOTE,
-        "argv": sys.argv[1:],
-        "machine": measure.machine(),
-        "resolution": resolution,
-        "setting": vars(variants.Setting()),
-        "models": {name: {mode: {way: [] for way in WAYS} for mode in MODES} for name in names},
-    }
+    document = documents.new(
+        "cold",
+        note=latency.NOTE,
+        **documents.origin("cpu"),
+        resolution=resolution,
+        setting={"ratio": RATIO, "scope": "attn", "mode": "default"},
+        models={name: {mode: {way: [] for way in WAYS} for mode in MODES} for name in names},
+    )
     with tqdm(total=len(names) * len(MODES) * len(WAYS) * rounds, file=sys.stderr, leave=False) as bar:
         for name in names:
             unet = models.build(name)
             inputs = models.inputs(unet, resolution, 1)
             bar.set_postfix_str(f"{name} before the first round")
-            compile_seconds(variants.compiled(share(unet), variants.Setting(mode="regional")), inputs)
+            compile_seconds(compiled(apply(WAYS[STOCK], unet), "regional"), inputs)
             for turn in range(rounds):
                 for mode in MODES:
                     for way in list(WAYS)[:: -1 if turn % 2 else 1]:
                         bar.set_postfix_str(f"{name} {mode} {way}")
-                        model = variants.compiled(WAYS[way](unet), variants.Setting(mode=mode))
+                        model = compiled(apply(WAYS[way], unet), mode)
                         document["models"][name][mode][way].append(compile_seconds(model, inputs))
-                        measure.write(path, document)
+                        documents.write(path, document)
                         bar.update()
     return document
 
@@ -75,11 +72,10 @@ def table(document: dict[str, Any]) -> str:
     for name, modes in document["models"].items():
         for mode, ways in modes.items():
             stock, ours = ways["stock"], ways["tome_fx"]
-            ratios = [b / a for a, b in zip(stock, ours, strict=False)]
-            if ratios:
+            if times := measure.ratios(ours, stock):
                 what = "block by block" if mode == "regional" else "whole"
-                row = [name, what, f"{median(stock):.1f}", f"{median(ours):.1f}", f"{median(ratios):.2f}x"]
-                lines.append([*row, f"{min(ratios):.2f} - {max(ratios):.2f}", len(ratios)])
+                row = [name, what, f"{median(stock):.1f}", f"{median(ours):.1f}", f"{times[0]:.2f}x"]
+                lines.append([*row, f"{times[1]:.2f} - {times[2]:.2f}", min(len(stock), len(ours))])
     heads = ("model", "compiled", "stock s", "tome_fx s", "tome_fx / stock", "range", "rounds")
     return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
 

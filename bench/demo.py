@@ -1,8 +1,7 @@
 """`python -m bench demo`: the shapes pipeline with and without token merging, in a few minutes on any machine."""
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -10,86 +9,63 @@ from typing import Any
 
 import tomesd
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from tabulate import tabulate
-from torch import Tensor
 from tqdm import tqdm
 
 import tome_fx
-from bench import measure, shapes, tables, viz
+from bench import documents, measure, shapes, tables, viz
+from bench.images import decode, denoise
+from bench.runs import RUNS, prepare
 from bench.shapes.scenes import HELD_OUT, SIDE, numbered
-from bench.variants import VARIANTS, AsUNet, Setting, prepare, sample_first
 from tome_fx.families.inputs import example_inputs
 from tome_fx.families.unet import share
 
 NOTE = "Real images, from trained weights that come with the project; the i-th from prompt i and seed i in every row."
 ROWS = ("sdpa", "compile", "tomesd+sdpa", "tome_fx", "tome_fx+compile", "tomesd+compile")
 PICTURED = ("compile", "tome_fx+compile", "tomesd+compile")
+RATIO = 0.5
 RATIOS = (0.25, 0.5, 0.75)
 
 
 def run(images: int, steps: int, rounds: int, path: Path) -> dict[str, Any]:
     """Measure, write the JSON and, beside it, the images, and return what the JSON holds."""
     pipe = shapes.pipeline()
-    unet = pipe.unet
     prompts = [scene.caption for scene in numbered(HELD_OUT, images)]
-    calls: dict[str, Callable[[], Tensor]] = {}
+    inputs: dict[str, Any] = {"prompt": prompts, "seeds": range(images), "steps": steps, "guidance": shapes.GUIDANCE}
+    calls: dict[str, measure.Call] = {}
 
-    def make(name: str) -> Callable[[], Tensor]:
-        calls[name] = denoising(pipe, AsUNet(prepare(name, unet, Setting()), unet), prompts, steps)
+    def make(name: str) -> measure.Call:
+        calls[name] = partial(denoise, pipe, prepare(name, pipe.unet, ratio=RATIO), **inputs)
         return calls[name]
 
     rows = measure.compare(
         {name: partial(make, name) for name in ROWS},
-        exact={name: not VARIANTS[name].merges for name in ROWS},
+        exact={name: not RUNS[name].merges for name in ROWS},
         rounds=rounds,
         device="cpu",
         title=f"{images} images, {steps} steps",
     )
-    document = {
-        "schema": 1,
-        "kind": "demo",
-        "note": NOTE,
-        "argv": sys.argv[1:],
-        "machine": measure.machine("cpu"),
-        "cell": {"model": "shapes", "side": SIDE, "images": images, "steps": steps, "ratio": Setting().ratio},
-        "rows": measure.as_json(rows),
-        "ratios": RATIOS,
-    }
-    measure.write(path, document)
-    with torch.no_grad():
-        done = [name for name in PICTURED if not rows[name].error]  # one that failed would fail again
-        pixels = {name: pipe.vae.decode(calls[name]() / pipe.vae.config.scaling_factor).sample for name in done}
-    columns = {_title(name): list(p.clamp(-1, 1) / 2 + 0.5) for name, p in pixels.items()}
+    document = documents.new(
+        "demo",
+        note=NOTE,
+        **documents.origin("cpu"),
+        cell={"model": "shapes", "side": SIDE, "images": images, "steps": steps, "ratio": RATIO},
+        rows=measure.as_json(rows),
+        ratios=RATIOS,
+    )
+    documents.write(path, document)
+    done = [name for name in PICTURED if not rows[name].error]  # one that failed would fail again
+    columns = {_title(name): list(decode(pipe, calls[name]())) for name in done}
     if columns:
         viz.grid(path.with_suffix(".png"), columns, prompts)
-    document["sweeps"] = {name: sweep(name, unet) for name in ROWS if "compile" in name and VARIANTS[name].merges}
-    measure.write(path, document)
+    document["sweeps"] = {name: sweep(name, pipe.unet) for name in ROWS if "compile" in name and RUNS[name].merges}
+    documents.write(path, document)
     return document
 
 
 def _title(name: str) -> str:
-    return f"{name}, ratio {Setting().ratio if VARIANTS[name].merges else 0:g}"
-
-
-def denoising(pipe: StableDiffusionPipeline, unet: AsUNet, prompts: Sequence[str], steps: int) -> Callable[[], Tensor]:
-    """A call that makes the latents of an image for each prompt."""
-
-    def call() -> Tensor:
-        own, pipe.unet = pipe.unet, unet
-        try:
-            latents: Tensor = pipe(
-                list(prompts),
-                num_inference_steps=steps,
-                guidance_scale=shapes.GUIDANCE,
-                generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
-                output_type="latent",
-            ).images
-        finally:
-            pipe.unet = own
-        return latents
-
-    return call
+    return f"{name}, ratio {RATIO if RUNS[name].merges else 0:g}"
 
 
 def table(document: dict[str, Any]) -> str:
@@ -125,8 +101,8 @@ def sweep(name: str, unet: UNet2DConditionModel) -> tuple[int, int]:
 
     Counted with a backend that generates no code: what dynamo compiles does not depend on the backend.
     """
-    given = example_inputs(unet, 16, 16)
-    sample = given.pop("sample")
+    inputs = example_inputs(unet, 16, 16)
+    sample = inputs.pop("sample")
     visits = _ours(unet) if name.startswith("tome_fx") else _tomesd(unet)
     counts = []
     torch._dynamo.reset()
@@ -134,7 +110,7 @@ def sweep(name: str, unet: UNet2DConditionModel) -> tuple[int, int]:
         for _ in range(2):
             with measure.count_compiles() as compiles:
                 for ratio in RATIOS:
-                    visits(ratio)(sample=sample, **given)
+                    visits(ratio)(sample, **inputs)
                     bar.update()
             counts.append(compiles.graphs)
     return counts[0], counts[1]
@@ -153,7 +129,7 @@ def _tomesd(unet: UNet2DConditionModel) -> Callable[[float], Callable[..., Any]]
 
     def visit(ratio: float) -> Callable[..., Any]:
         tomesd.apply_patch(patched, ratio)
-        return sample_first(compiled)
+        return compiled
 
     return visit
 

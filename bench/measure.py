@@ -1,17 +1,13 @@
 """How things are timed and counted: interleaved rounds, dynamo's own counters, cold compiles."""
 
 import gc
-import json
-import platform
-import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
-from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,7 +15,11 @@ from torch._dynamo.utils import clear_compilation_metrics, counters, get_compila
 from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
+from bench.documents import machine as machine  # tests/support/table.py has these two from here
+from bench.documents import write as write
+
 OUT_OF_MEMORY = "OOM"
+Call = Callable[[], torch.Tensor]
 WRONG = 0.05  # relative: far above the rounding of half precision, far below an output that is another
 
 
@@ -98,7 +98,7 @@ class Timer:
 
 
 def compare(
-    runs: Mapping[str, Callable[[], Callable[[], torch.Tensor]]],
+    runs: Mapping[str, Callable[[], Call]],
     *,
     exact: Mapping[str, bool] | None,
     rounds: int,
@@ -120,8 +120,8 @@ def compare(
     Returns:
         The rows. A variant that fails has its reason in `error` and no samples, and the others go on.
     """
-    rows: dict[str, Row] = {name: Row() for name in runs}
-    calls: dict[str, Callable[[], torch.Tensor]] = {}
+    rows = {name: Row() for name in runs}
+    calls: dict[str, Call] = {}
     reference: torch.Tensor | None = None
     timer = Timer(device)
     torch._dynamo.reset()  # the cells before are done with, and so is their share of the recompile limit
@@ -129,29 +129,13 @@ def compare(
     with torch.no_grad(), tqdm(total=len(runs) * (rounds + 2), desc=title, file=sys.stderr, leave=False) as bar:
         for name, make in runs.items():
             bar.set_postfix_str(f"warming up {name}")
-            row = rows[name]
             try:
-                with fresh_cache(), count_compiles() as row.compiles:
-                    if timer.cuda:
-                        torch.cuda.reset_peak_memory_stats()
-                    call = make()
-                    row.first_s = timer(call) / 1e3
-                    output = call()
-                    if timer.cuda:
-                        row.peak_memory = torch.cuda.max_memory_allocated()
-                    if exact is not None:
-                        output = output.float().cpu()
-                        if not output.isfinite().all():
-                            raise ValueError("output is not finite")
-                        if reference is None and exact[name]:
-                            reference = output
-                        if reference is not None:
-                            row.relative_error = float((output - reference).norm() / reference.norm())
-                            if exact[name] and row.relative_error > WRONG:
-                                raise ValueError(f"wrong output: {row.relative_error:.2g} from the stock UNet's")
-                    calls[name] = call
+                call, output = _warm_up(make, rows[name], timer)
+                if exact is not None:
+                    reference = _check(output, rows[name], reference, exact[name])
+                calls[name] = call
             except Exception as error:  # whatever a variant does wrong belongs in its cell
-                row.error = reason(error)
+                rows[name].error = reason(error)
             save(rows)
             bar.update()
         for turn in range(rounds + 1):
@@ -169,6 +153,42 @@ def compare(
     return rows
 
 
+def _warm_up(make: Callable[[], Call], row: Row, timer: Timer) -> tuple[Call, torch.Tensor]:
+    """The call and its output, with every cache empty before the first of two calls."""
+    with fresh_cache(), count_compiles() as row.compiles:
+        if timer.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        call = make()
+        row.first_s = timer(call) / 1e3
+        output = call()
+        if timer.cuda:
+            row.peak_memory = torch.cuda.max_memory_allocated()
+    return call, output
+
+
+def _check(output: torch.Tensor, row: Row, reference: torch.Tensor | None, exact: bool) -> torch.Tensor | None:
+    """Compare with the reference, and return it: the first output that is exact."""
+    output = output.float().cpu()
+    if not output.isfinite().all():
+        raise ValueError("output is not finite")
+    if reference is None and exact:
+        reference = output
+    if reference is not None:
+        row.relative_error = float((output - reference).norm() / reference.norm())
+        if exact and row.relative_error > WRONG:
+            raise ValueError(f"wrong output: {row.relative_error:.2g} from the stock UNet's")
+    return reference
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, float, float] | None:
+    """How many times as long as `fast` `slow` takes, within each round: the median, the least and the greatest.
+
+    None where no round has both.
+    """
+    found = [a / b for a, b in zip(slow, fast, strict=False)]
+    return (median(found), min(found), max(found)) if found else None
+
+
 def reason(error: Exception) -> str:
     """Why a variant failed, on one line."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
@@ -176,53 +196,6 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"[:300]
 
 
-def machine(device: str = "cuda") -> dict[str, Any]:
-    """What a number was measured on and with; a GPU, if there is one, unless the device is the CPU."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    memory = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "0")
-    used = device.startswith("cuda") and torch.cuda.is_available()
-    gpu = torch.cuda.get_device_properties(torch.device(device)) if used else None
-    packages = ("torch", "diffusers", "tomesd")
-    return {
-        "cpu": cpu or platform.processor(),
-        "cores": torch.get_num_threads(),
-        "memory_gib": round(int(memory) / 2**20),
-        "gpu": gpu and gpu.name,
-        "cuda": torch.version.cuda,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "commit": _output("git", "describe", "--always", "--dirty"),
-    }
-
-
 def as_json(rows: Mapping[str, Row]) -> dict[str, Any]:
     """Rows as they are stored: raw samples, unrounded."""
     return {name: asdict(row) for name, row in rows.items()}
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A document that `write` wrote."""
-    document: dict[str, Any] = json.loads(path.read_text())
-    return document
-
-
-def write(path: Path, document: Mapping[str, Any]) -> None:
-    """Write JSON such that an interruption leaves the old file or the new one.
-
-    Raises:
-        ValueError: There is a NaN or an infinity in it, which JSON does not have.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    draft.replace(path)
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
-def _output(*command: str) -> str | None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None

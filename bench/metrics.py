@@ -1,7 +1,6 @@
 """What images are judged by: how far each is from its stock twin, and what it shows."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,19 +9,12 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from bench import measure
+from bench.images import Images
 from bench.shapes import reader as judge
 from bench.shapes.reader import Reader
 from bench.shapes.scenes import HELD_OUT, SIDE, Scene, draw, numbered
 
 REAL = 1024  # scenes that a Fréchet distance is taken from
-
-
-@dataclass(frozen=True)
-class Images:
-    """Latents `[B, C, h, w]` and pixels `[B, 3, H, W]` from 0 to 1."""
-
-    latents: Tensor
-    pixels: Tensor
 
 
 def compare(images: Images, stock: Images) -> dict[str, list[float | None]]:

@@ -41,6 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LATENT = 8  # image pixels along a side for one latent: Stable Diffusion's VAE
 
 
@@ -69,7 +70,7 @@ def inputs(unet: UNet2DConditionModel, resolution: int, batch: int) -> dict[str,
 
 
 def pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
-    """A `StableDiffusionPipeline` around the UNet that takes prompt embeddings: no text encoder, no safety checker."""
+    """A pipeline around the UNet that takes prompt embeddings, for it has no text encoder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         widths = (64, 64, 64, 64) if unet.config.block_out_channels[0] < 320 else (128, 256, 512, 512)
@@ -80,14 +81,26 @@ def pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
             layers_per_block=1 if widths[0] == 64 else 2,
             latent_channels=4,
         )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
+    )
+    return assemble(unet, vae.to(unet.device, unet.dtype).eval(), scheduler)
+
+
+def assemble(
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    scheduler: DDIMScheduler,
+    text_encoder: Any = None,
+    tokenizer: Any = None,
+) -> StableDiffusionPipeline:
+    """A Stable Diffusion pipeline of its parts, without a safety checker."""
     pipe = StableDiffusionPipeline(
-        vae=vae.to(unet.device, unet.dtype).eval(),
-        text_encoder=None,
-        tokenizer=None,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
-        ),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -1,140 +1,31 @@
 """`python -m bench quality`: how far merging moves an image of the same seed, and whether it shows its prompt."""
 
 import argparse
-import csv
 import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
-from tqdm import tqdm
 
-import tome_fx
-from bench import measure, shapes, variants, viz
-from bench.cells import STOCK, Case
-from bench.latency import DTYPES
-from bench.metrics import Images, compare, judging, perceiving
+from bench import documents, measure, shapes, viz
+from bench.cases import SCOPES, STOCK, Case
+from bench.images import Images, generate
+from bench.metrics import compare, judging, perceiving
+from bench.models import DTYPES
+from bench.options import note_given, refuse_idle
+from bench.pipelines import load, prompts_for
 from bench.quality_tables import table
-from bench.shapes.scenes import HELD_OUT, SIDE, Scene, draw, numbered
-from bench.variants import SCOPES, AsUNet
+from bench.shapes.scenes import SIDE, draw
+from bench.variants import VARIANTS, apply, merged
 from tome_fx.families.inputs import example_inputs
-from tome_fx.families.unet import share
 
+NOTE = "The i-th image of every row is from seed i and prompt i."
 ROUNDS = 9  # of timed calls
-
-
-def _transformed(unet: UNet2DConditionModel, case: Case, **options: Any) -> UNet2DConditionModel:
-    return tome_fx.transform(unet, case.ratio, max_downsample=case.max_downsample, **SCOPES[case.scope], **options)
-
-
-def _each_step(unet: UNet2DConditionModel, case: Case, steps: int) -> Callable[..., Any]:
-    """Other destinations in every step, as tomesd draws them; a pipeline calls its UNet once a step."""
-    turns = itertools.cycle([_transformed(unet, case, seed=step) for step in range(steps)])
-    return lambda **inputs: next(turns)(**inputs)
-
-
-def _tomesd(unet: UNet2DConditionModel, case: Case, steps: int) -> Callable[..., Any]:
-    return variants.sample_first(variants.patched(unet, variants.Setting(case.ratio, case.scope)))
-
-
-VARIANTS: dict[str, Callable[[UNet2DConditionModel, Case, int], Callable[..., Any]]] = {
-    STOCK: lambda unet, case, steps: unet,
-    "tome_fx": lambda unet, case, steps: _transformed(unet, case),
-    "prop_attn": lambda unet, case, steps: _transformed(unet, case, prop_attn=True),
-    "top-left": lambda unet, case, steps: _transformed(unet, case, use_rand=False),
-    "each-step": _each_step,
-    "one-match": lambda unet, case, steps: variants.one_match(_transformed(unet, case)),
-    "tomesd": _tomesd,
-    "todo": lambda unet, case, steps: variants.downsampled(unet, variants.Setting(case.ratio)),
-}
-
-
-@torch.no_grad()
-def generate(
-    pipe: Any,
-    call: Callable[..., Any],
-    prompts: Sequence[str],
-    steps: int,
-    guidance: float,
-    *,
-    first_seed: int = 0,
-    size: Mapping[str, int] | None = None,
-) -> Images:
-    """An image for each prompt, the i-th from seed `first_seed + i`, of the pipeline's own size or of `size`.
-
-    Raises:
-        ValueError: An image is not finite.
-    """
-    unet = pipe.unet
-    pipe.unet = AsUNet(call, unet)
-    try:
-        latents = pipe(
-            list(prompts),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(first_seed + i) for i in range(len(prompts))],
-            output_type="latent",
-            **(size or {}),
-        ).images
-    finally:
-        pipe.unet = unet
-    pixels = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
-    if not pixels.isfinite().all():
-        raise ValueError(f"an image is not finite: try another dtype than {unet.dtype}")
-    return Images(latents.float().cpu(), (pixels.float().cpu() / 2 + 0.5).clamp(0, 1))
-
-
-def read_prompts(path: Path, count: int) -> list[str]:
-    """The first prompts of a text file, one a line, or of the column Prompt of a TSV, such as PartiPrompts'.
-
-    Raises:
-        ValueError: There are fewer, or a TSV has no such column.
-    """
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
-    if path.suffix == ".tsv":
-        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-        if rows and "Prompt" not in rows[0]:
-            raise ValueError(f"prompts: {path} must have a column Prompt, its columns are {', '.join(rows[0])}")
-        lines = [row["Prompt"] for row in rows]
-    if len(lines) < count:
-        raise ValueError(f"prompts: {path} must have at least n={count} prompts, it has {len(lines)}")
-    return lines[:count]
-
-
-def load(
-    pipeline: str, prompts: Path | None, count: int, device: str = "cpu", dtype: str = "fp32"
-) -> tuple[Any, list[str], list[Scene]]:
-    """The pipeline, so many prompts, and the scenes that they are captions of, if they are.
-
-    Raises:
-        ValueError: There are no prompts, or too few, or `count` is not positive.
-    """
-    if count < 1:
-        raise ValueError(f"n must be at least 1, got {count}")
-    ours = pipeline == "shapes"
-    if not ours and prompts is None:
-        raise ValueError("prompts must be a file of prompts, for any pipeline but shapes; got none")
-    pipe = _open(pipeline, device, dtype)
-    if prompts is not None:
-        return pipe, read_prompts(prompts, count), []
-    scenes = numbered(HELD_OUT, count)
-    return pipe, [scene.caption for scene in scenes], scenes
-
-
-def _open(pipeline: str, device: str, dtype: str) -> Any:
-    pipe = shapes.pipeline() if pipeline == "shapes" else DiffusionPipeline.from_pretrained(pipeline)
-    pipe.to(device)
-    if dtype != "fp32":
-        pipe.to(DTYPES[dtype])
-        pipe.vae.float()  # SDXL's overflows in half precision
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def run(
@@ -162,63 +53,52 @@ def run(
     """
     for case in cases:
         case.check()
-    pipe, texts, scenes = load(pipeline, prompts, count, device, dtype)
+    texts, scenes = prompts_for(pipeline, prompts, count)
+    pipe = load(pipeline, device, dtype)
+    setting = {"device": device, "dtype": dtype, "pipeline": pipeline, "count": count, "prompts": texts}
+    how: dict[str, Any] = {"steps": steps, "guidance": guidance}
+    document = documents.new("quality", note=NOTE, machine=documents.machine(device), **setting, **how)
+    document |= _earlier(path, document, cases)
     judged = judging(scenes) if scenes else None
     perceived = perceiving(texts) if not scenes else None
-    document: dict[str, Any] = {
-        "schema": 2,
-        "kind": "quality",
-        "note": "The i-th image of every row is from seed i and prompt i.",
-        "machine": measure.machine(device),
-        "device": device,
-        "dtype": dtype,
-        "pipeline": pipeline,
-        "count": count,
-        "steps": steps,
-        "guidance": guidance,
-        "prompts": texts,
-    }
-    document["rows"] = _earlier_rows(path, document, cases)
-    if document["rows"]:
-        document["size"] = measure.read(path)["size"]
     if judged:  # what the measures say of as many real images: the best that there is
         pixels = draw(scenes, SIDE) / 2 + 0.5
         document["real"] = judged(Images(pixels, pixels))
     stock: Images | None = None
     pictures = {}
-    with tqdm(total=len(cases) * count, file=sys.stderr, leave=False) as bar:
-        for case in cases:
-            bar.set_postfix_str(case.title)
-            torch.manual_seed(0)  # tomesd draws from the process's generator
-            call = VARIANTS[case.variant](share(pipe.unet), case, steps)
-            parts = []
-            for first in range(0, count, batch):
-                some = texts[first : first + batch]
-                parts.append(generate(pipe, call, some, steps, guidance, first_seed=first, size=size))
-                bar.update(len(parts[-1].latents))
-            images = Images(torch.cat([p.latents for p in parts]), torch.cat([p.pixels for p in parts]))
-            stock = stock or images
-            row = {"case": asdict(case), "argv": sys.argv[1:], **compare(images, stock)}
-            row |= judged(images) if judged else {}
-            row |= perceived(images, stock) if perceived else {}
-            document["rows"].append(row)
-            document["rows"].sort(key=lambda row: row["case"]["variant"] != STOCK)  # stock first, whenever it was run
-            if document.setdefault("size", list(images.pixels.shape[-2:])) != list(images.pixels.shape[-2:]):
-                raise ValueError(f"json: {path} holds images of another size; give another file")
-            pictures[case] = images.pixels[:keep]
-            measure.write(path, document)
+    for case in cases:
+        torch.manual_seed(0)  # tomesd draws from the process's generator
+        call = apply(case, pipe.unet, steps)
+        images = generate(pipe, call, texts, **how, batch=batch, title=case.title, **(size or {}))
+        stock = stock or images
+        row = {"case": asdict(case), "argv": sys.argv[1:], **compare(images, stock)}
+        row |= judged(images) if judged else {}
+        row |= perceived(images, stock) if perceived else {}
+        _add(row, document, list(images.pixels.shape[-2:]), path)
+        pictures[case] = images.pixels[:keep]
     return document, pictures
 
 
-def _earlier_rows(path: Path, document: dict[str, Any], cases: Sequence[Case]) -> list[dict[str, Any]]:
+def _earlier(path: Path, document: dict[str, Any], cases: Sequence[Case]) -> dict[str, Any]:
+    """What the document has of the file that it goes on with: the rows of other cases, and the size of the images."""
     if not path.exists():
-        return []
-    earlier = measure.read(path)
+        return {"rows": []}
+    earlier = documents.read(path)
     other = [name for name, value in document.items() if earlier.get(name) != value]
     if other:
         raise ValueError(f"json: {path} holds results of another {', '.join(other)}; give another file")
     kept = [row for row in earlier["rows"] if Case(**row["case"]) not in cases]
-    return [{name: value for name, value in row.items() if name != "ms"} for row in kept]  # times are of all rows
+    rows = [{name: value for name, value in row.items() if name != "ms"} for row in kept]  # times are of all rows
+    return {"rows": rows} | ({"size": earlier["size"]} if rows else {})
+
+
+def _add(row: dict[str, Any], document: dict[str, Any], size: list[int], path: Path) -> None:
+    """Write the document with one row more."""
+    document["rows"].append(row)
+    document["rows"].sort(key=lambda row: row["case"]["variant"] != STOCK)  # stock first, whenever it was run
+    if document.setdefault("size", size) != size:
+        raise ValueError(f"json: {path} holds images of another size; give another file")
+    documents.write(path, document)
 
 
 def add_times(path: Path, side: int, rounds: int, device: str = "cpu", dtype: str = "fp32") -> dict[str, Any]:
@@ -231,27 +111,32 @@ def add_times(path: Path, side: int, rounds: int, device: str = "cpu", dtype: st
         device: Which need not be the one that the images were made on.
         dtype: A key of `DTYPES`.
     """
-    document = measure.read(path)
-    pipe = _open(document["pipeline"], device, dtype)
-    given = example_inputs(pipe.unet, side, side, device=device, dtype=DTYPES[dtype])
+    document = documents.read(path)
+    pipe = load(document["pipeline"], device, dtype)
+    inputs = example_inputs(pipe.unet, side, side, device=device, dtype=DTYPES[dtype])
+    sample = inputs.pop("sample")
     cases = [Case(**row["case"]) for row in document["rows"]]
 
-    def make(case: Case) -> Callable[[], Tensor]:
-        call = VARIANTS[case.variant](share(pipe.unet), case, document["steps"])
-        return lambda: call(**given).sample
+    def make(case: Case) -> measure.Call:
+        call = apply(case, pipe.unet, document["steps"])
+        return lambda: call(sample, **inputs).sample
 
     runs = {str(case): partial(make, case) for case in cases}
     timed = measure.compare(runs, exact=None, rounds=rounds, device=device, title="speed")
-    document["timed"] = {"latents": side, "device": device, "dtype": dtype}
-    document["timed"] |= {"argv": sys.argv[1:], "machine": measure.machine(device)}
+    document["timed"] = {"latents": side, "device": device, "dtype": dtype, **documents.origin(device)}
     for row, case in zip(document["rows"], cases, strict=True):
         row["ms"] = timed[str(case)].samples_ms
-    measure.write(path, document)
+    documents.write(path, document)
     return document
+
+
+OF_TIMES = ("json", "device", "dtype")
+OF_A_MAP = ("pipeline", "ratio", "scope", "max_downsample", "prompts", "steps", "guidance", "device", "dtype")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench quality`."""
+    note_given(parser)
     parser.add_argument("--pipeline", default="shapes", help="shapes, or the folder of a pipeline with a UNet")
     parser.add_argument("--variant", nargs="+", choices=list(VARIANTS)[1:], default=["tome_fx", "tomesd"])
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.25, 0.5, 0.75])
@@ -273,30 +158,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time", type=int, metavar="SIDE", help="only time the rows of --json, at so many latents a side"
     )
-    parser.add_argument("--map", type=Path, help="only write this PNG: what the first ratio merges in the first image")
+    parser.add_argument(
+        "--map", type=Path, help="only write this PNG: what tome_fx merges in the first image, at one ratio"
+    )
 
 
-def write_map(arguments: argparse.Namespace) -> None:
-    """What `--map` asks for."""
-    a = arguments
-    pipe, texts, _ = load(a.pipeline, a.prompts, 1, a.device, a.dtype)
-    case = Case("tome_fx", a.ratio[0], a.scope[0], a.max_downsample)
-    pipe.unet = VARIANTS["tome_fx"](pipe.unet, case, a.steps)
-    viz.merge_maps(a.map, pipe, texts[0], steps=a.steps, guidance=a.guidance)
+def write_map(a: argparse.Namespace) -> None:
+    """What `--map` asks for.
+
+    Raises:
+        ValueError: Several ratios or scopes are given, of which one would be drawn.
+    """
+    for name in {"ratio", "scope"} & {*a.given}:
+        if len(values := getattr(a, name)) > 1:
+            raise ValueError(f"{name} must be one for --map, got {', '.join(map(str, values))}")
+    (text,), _ = prompts_for(a.pipeline, a.prompts, 1)
+    pipe = load(a.pipeline, a.device, a.dtype)
+    pipe.unet = merged(pipe.unet, Case("tome_fx", a.ratio[0], a.scope[0], a.max_downsample))
+    viz.merge_maps(a.map, pipe, text, f"ratio {a.ratio[0]:g}", steps=a.steps, guidance=a.guidance)
     print(f"written to {a.map}")
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Run `python -m bench quality`."""
     a = arguments
-    products = itertools.product(a.variant, a.scope, a.ratio)
-    cases = [Case(), *(Case(variant, ratio, scope, a.max_downsample) for variant, scope, ratio in products)]
+    refuse_idle(a, "time", OF_TIMES)
+    refuse_idle(a, "map", OF_A_MAP)
     if a.map:
         write_map(a)
         return
     if a.time:
         print(table(add_times(a.json, a.time, ROUNDS, a.device, a.dtype)))
         return
+    products = itertools.product(a.variant, a.scope, a.ratio)
+    cases = [Case(), *(Case(variant, ratio, scope, a.max_downsample) for variant, scope, ratio in products)]
     document, pictures = run(
         a.pipeline,
         cases,

@@ -3,19 +3,19 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist, fmean, median, stdev
+from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 from tabulate import tabulate
 
-from bench.cells import STOCK, Case
+from bench.cases import STOCK, Case
+from bench.measure import ratios
 
 
-def speed_range(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
+def speed_range(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float, float, float] | None:
     """The speed-up of a row over stock among the rows: the median over the rounds, the least and the greatest."""
     (stock,) = (other["ms"] for other in rows if other["case"]["variant"] == STOCK)
-    ratios = [slow / own for slow, own in zip(stock, row["ms"], strict=True)]
-    return median(ratios), min(ratios), max(ratios)
+    return ratios(stock, row["ms"])
 
 
 def interval(values: Sequence[float], *, yes_or_no: bool = False) -> tuple[float, float, float]:

@@ -5,7 +5,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench.variants import VARIANTS
+from bench.measure import ratios
+from bench.runs import RUNS
 
 
 def table(entry: dict[str, Any]) -> str:
@@ -20,7 +21,7 @@ def table(entry: dict[str, Any]) -> str:
             continue
         spread = quantiles(samples, n=10) if len(samples) > 1 else samples * 9
         over_compile = speedup(rows, "compile", name)
-        bound = entry["bound"] if VARIANTS[name].merges else None
+        bound = entry["bound"] if RUNS[name].merges else None
         lines.append(
             [
                 name,
@@ -47,9 +48,8 @@ def speedup(rows: dict[str, Any], slow: str, fast: str) -> float | None:
     """Median over the rounds of the time of `slow` over that of `fast` in the same round."""
     if slow not in rows or fast not in rows:
         return None
-    pairs = zip(rows[slow]["samples_ms"], rows[fast]["samples_ms"], strict=False)
-    ratios = [a / b for a, b in pairs]
-    return median(ratios) if ratios else None
+    found = ratios(rows[slow]["samples_ms"], rows[fast]["samples_ms"])
+    return found and found[0]
 
 
 def share_of_bound(over_compile: float | None, bound: float | None) -> str:
@@ -64,4 +64,4 @@ def _times(ratio: float | None) -> str:
 
 
 def _percent(ratio: float | None, name: str) -> str:
-    return "" if ratio is None or not VARIANTS[name].merges else f"{ratio - 1:+.1%}"
+    return "" if ratio is None or not RUNS[name].merges else f"{ratio - 1:+.1%}"

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tome_fx.api import transformed
-from tome_fx.families.unet import merged_sites
+from bench.images import generate
+from tome_fx.families.unet import find_sites
 from tome_fx.plan import downsampled
 
 
@@ -24,15 +24,11 @@ def grid(path: Path, columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str
         rows: What to write at the left of each row.
         inches: The side of an image.
     """
-    import matplotlib as mpl  # only pictures need it
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # only pictures need it
 
     height = len(next(iter(columns.values())))
-    figure, axes = plt.subplots(
-        height, len(columns), figsize=(inches * len(columns), (inches + 0.05) * height), squeeze=False
-    )
+    figure = Figure(figsize=(inches * len(columns), (inches + 0.05) * height))
+    axes = figure.subplots(height, len(columns), squeeze=False)
     for x, (title, images) in enumerate(columns.items()):
         for y, image in enumerate(images):
             axis = axes[y][x]
@@ -46,7 +42,6 @@ def grid(path: Path, columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str
     figure.tight_layout(pad=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def merge_map(image: Tensor, slot: Tensor, height: int, width: int) -> Tensor:
@@ -79,51 +74,44 @@ def merge_map(image: Tensor, slot: Tensor, height: int, width: int) -> Tensor:
     return torch.where(edge & merged, 0.25 * result, result)
 
 
-def merge_maps(path: Path, pipe: Any, prompt: str, *, steps: int, guidance: float, seed: int = 0) -> None:
+def merge_maps(path: Path, pipe: Any, prompt: str, title: str, *, steps: int, guidance: float) -> None:
     """Make an image and write a PNG of what was merged in it: a row for each site, a column for each of three steps.
 
     Args:
         path: Where to.
         pipe: A pipeline whose UNet is transformed and not compiled.
         prompt: What to make.
+        title: Of the image's own column.
         steps: Denoising steps of the image; shown are the first, the middle and the last.
         guidance: Scale of the classifier-free guidance. The half of the batch that has the prompt is shown.
-        seed: Of the image.
     """
-    with torch.no_grad(), recorded_slots(pipe.unet) as slots:
-        generator = torch.Generator().manual_seed(seed)
-        options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "latent"}
-        latents = pipe(prompt, generator=generator, **options).images
-        image = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample[0]
-        image = F.interpolate(image[None].float().cpu(), scale_factor=3)[0]  # so that outlines are thin beside tokens
-        image = image.clamp(-1, 1) / 2 + 0.5
-    plan = transformed(pipe.unet)[1].plan
-    sites = {site.path: site for site in merged_sites(pipe.unet, plan)}
-    columns: dict[str, list[Tensor]] = {f"ratio {plan.ratio:g}": [image] * len(sites)}
+    with recorded_slots(pipe.unet) as slots:
+        images = generate(pipe, pipe.unet, [prompt], steps=steps, guidance=guidance)
+    image = F.interpolate(images.pixels, scale_factor=3)[0]  # so that outlines are thin beside tokens
+    sites = [site for site in find_sites(pipe.unet) if slots[site.path]]
+    grids = [[downsampled(side, site.downsample) for side in images.latents.shape[-2:]] for site in sites]
+    columns: dict[str, list[Tensor]] = {title: [image] * len(sites)}
     for step in sorted({0, steps // 2, steps - 1}):
         columns[f"step {step + 1} of {steps}"] = [
-            merge_map(
-                image, calls[step][-1], *(downsampled(side, sites[where].downsample) for side in latents.shape[-2:])
-            )
-            for where, calls in slots.items()
+            merge_map(image, slots[site.path][step][-1], *sides) for site, sides in zip(sites, grids, strict=True)
         ]
     # a row's name is longer than a prompt's lines
-    grid(path, columns, [where.replace(".transformer_blocks", " .transformer_blocks") for where in slots], inches=1.9)
+    grid(path, columns, [f"{site.transformer} .{site.block}" for site in sites], inches=1.9)
 
 
 @contextmanager
 def recorded_slots(unet: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """While within, the slots `[B, N]` of each call of each merged block, by the block's path; eager models only."""
-    model, merging = transformed(unet)
-    found: dict[str, list[Tensor]] = {site.path: [] for site in merged_sites(model, merging.plan)}
+    """While within, the slots `[B, N]` of each call of each block, by its path, where it merges; eager models only."""
+    found: dict[str, list[Tensor]] = {site.path: [] for site in find_sites(unet)}
 
     def note(path: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[path].append(kwargs["slots"].slot.cpu())
+            if kwargs.get("slots") is not None:
+                found[path].append(kwargs["slots"].slot.cpu())
 
         return hook
 
-    handles = [model.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True) for path in found]
+    handles = [unet.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True) for path in found]
     try:
         yield found
     finally:

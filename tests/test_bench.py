@@ -15,7 +15,23 @@ from support import table
 from support.models import relative_error
 from torch import Tensor
 
-from bench import cold, demo, latency, measure, models, report, shapes, tables, variants, viz
+from bench import (
+    cold,
+    demo,
+    documents,
+    latency,
+    measure,
+    models,
+    peers,
+    plots,
+    report,
+    runs,
+    shapes,
+    tables,
+    variants,
+    viz,
+)
+from bench.cases import SCOPES, Case
 from bench.cells import Cell, suite
 from tome_fx.families.unet import share
 
@@ -150,7 +166,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
     monkeypatch.setattr(measure, "compare", interrupted)
     with pytest.raises(KeyboardInterrupt):
         latency.run(cells, ("sdpa", "tome_fx"), 2, path)
-    first = measure.read(path)["cells"][0]
+    first = documents.read(path)["cells"][0]
     document = latency.run(cells, ("sdpa", "tome_fx"), 2, path)
     assert measured == [str(cells[0]), str(cells[1]), str(cells[1])]
     assert document["cells"][0] == first
@@ -160,20 +176,21 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
 def test_every_eager_variant_runs_and_those_that_merge_differ() -> None:
     unet = models.build("tiny")
     given = models.inputs(unet, 128, 2)
+    sample = given.pop("sample")
     outputs = {}
     with torch.no_grad():
         for name in ("sdpa", "vanilla", "tomesd", "tomesd+sdpa", "tome_fx"):
-            outputs[name] = variants.prepare(name, unet, variants.Setting())(**given).sample
+            outputs[name] = runs.prepare(name, unet)(sample, **given).sample
     assert relative_error(outputs["vanilla"], outputs["sdpa"]) < 1e-4
     for name in ("tomesd", "tomesd+sdpa", "tome_fx"):
         assert relative_error(outputs[name], outputs["sdpa"]) > 1e-4
 
 
-@pytest.mark.parametrize("scope", variants.SCOPES)
+@pytest.mark.parametrize("scope", SCOPES)
 def test_the_oracle_is_our_graph_with_matching_and_merging_removed(scope: str) -> None:
     unet = models.build("tiny")
-    setting = variants.Setting(scope=scope)
-    ours, oracle = variants.merged(unet, setting), variants.oracle(unet, setting)
+    case = Case("oracle", 0.5, scope)
+    ours, oracle = variants.merged(unet, case), variants.apply(case, unet)
     for path, module in ours.named_modules():
         if not hasattr(module, "graph"):
             continue
@@ -187,7 +204,7 @@ def test_the_oracle_is_our_graph_with_matching_and_merging_removed(scope: str) -
 
 def test_todo_halves_keys_and_values_along_both_sides_at_the_finest_level() -> None:
     unet = models.build("tiny")
-    result = variants.downsampled(share(unet), variants.Setting())
+    result = peers.downsampled(share(unet))
     seen = {}
     for path, module in result.named_modules():
         if path.endswith("attn1.to_k") or path.endswith("attn1.to_q"):
@@ -223,14 +240,32 @@ def test_suites_have_the_cells_they_are_named_for() -> None:
     }
     headline = suite("headline", "cuda").cells
     assert {cell.ratio for cell in headline} == {0.25, 0.5, 0.75}
-    assert {cell.scope for cell in headline} == set(variants.SCOPES)
+    assert {cell.scope for cell in headline} == set(SCOPES)
     assert ("sdxl", 2048) in {(cell.model, cell.resolution) for cell in headline}
     assert Cell("sd15", 512, guidance=False) in suite("cpu", "cpu").cells
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--variant", "todo+compile", "--ratio", "0.5"], "ratio must not be given for todo.compile alone"),
+        (["--variant", "compile", "sdpa", "--scope", "all"], "scope must not be given for compile, sdpa alone"),
+        (["--variant", "tome_fx", "tomesd", "--mode", "regional"], "mode must not be given for tome_fx, tomesd alone"),
+        (["--suite", "cpu", "--ratio", "0.5"], "--suite goes with .* alone; --ratio would do nothing"),
+        (["--suite", "cpu", "--end-to-end"], "--suite goes with .* alone; --end-to-end would do nothing"),
+    ],
+)
+def test_an_option_that_no_row_heeds_is_refused(options: list[str], message: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(latency, "run", lambda *args, **options: None)  # nothing is measured where it is not
+    parser = argparse.ArgumentParser()
+    latency.add_arguments(parser)
+    with pytest.raises(ValueError, match=message):
+        latency.main(parser.parse_args(options))
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_committed_results_have_the_schema(path: Path) -> None:
-    document = measure.read(path)
+    document = documents.read(path)
     assert document["schema"] == (2 if document["kind"] == "quality" else 1)
     for entry in document.get("cells", [document]):
         assert {"cpu", "cores", "gpu", "torch", "diffusers", "tomesd", "python", "commit"} <= entry["machine"].keys()
@@ -278,6 +313,7 @@ def test_markers_that_are_missing_are_named() -> None:
         report.fill("text", "gpu", "table")
 
 
+@pytest.mark.slow
 def test_the_demo_counts_compiles_of_a_sweep() -> None:
     first, again = demo.sweep("tome_fx+compile", models.build("tiny"))
     assert (first, again) == (len(demo.RATIOS), 0)
@@ -285,13 +321,13 @@ def test_the_demo_counts_compiles_of_a_sweep() -> None:
 
 def test_the_demo_pictures_no_variant_that_failed_and_puts_the_unet_back(tmp_path: Path, monkeypatch: Any) -> None:
     pipe = shapes.pipeline()
-    own, prepare = pipe.unet, variants.prepare
+    own, prepare = pipe.unet, runs.prepare
     columns: dict[str, Any] = {}
 
-    def eager(name: str, unet: Any, setting: variants.Setting) -> Any:
+    def eager(name: str, unet: Any, **options: Any) -> Any:
         if name.startswith("tomesd"):
             raise RuntimeError("no such variant")
-        return prepare("tome_fx" if name.startswith("tome_fx") else "sdpa", unet, setting)
+        return prepare("tome_fx" if name.startswith("tome_fx") else "sdpa", unet, **options)
 
     monkeypatch.setattr(shapes, "pipeline", lambda: pipe)
     monkeypatch.setattr(demo, "prepare", eager)
@@ -304,8 +340,8 @@ def test_the_demo_pictures_no_variant_that_failed_and_puts_the_unet_back(tmp_pat
 
 
 def test_only_a_file_with_every_step_of_the_waterfall_makes_a_plot(tmp_path: Path) -> None:
-    documents = {name: measure.read(report.RESULTS / f"{name}.json") for name in ("cold", "cpu", "ratio")}
-    assert [path.name for path in report.plots(documents, tmp_path)] == ["cpu-tiny.png", "cpu-sd15.png"]
+    results = {name: documents.read(report.RESULTS / f"{name}.json") for name in ("cold", "cpu", "ratio")}
+    assert [path.name for path in plots.write(results, tmp_path)] == ["cpu-tiny.png", "cpu-sd15.png"]
 
 
 def test_seconds_to_compile_are_taken_from_both_ways_in_each_round(tmp_path: Path, monkeypatch: Any) -> None:
@@ -314,7 +350,7 @@ def test_seconds_to_compile_are_taken_from_both_ways_in_each_round(tmp_path: Pat
     document = cold.run(["tiny"], 64, 2, tmp_path / "cold.json")
     assert document["models"]["tiny"]["default"] == {"stock": [10.0, 20.0], "tome_fx": [11.0, 18.0]}
     assert document["models"]["tiny"]["regional"] == {"stock": [4.0, 4.0], "tome_fx": [2.0, 6.0]}
-    assert measure.read(tmp_path / "cold.json") == document
+    assert documents.read(tmp_path / "cold.json") == document
     lines = cold.table(document).splitlines()
     row = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     assert row == ["tiny", "whole", "15.0", "14.5", "1.00x", "0.90 - 1.10", "2"]
@@ -322,7 +358,7 @@ def test_seconds_to_compile_are_taken_from_both_ways_in_each_round(tmp_path: Pat
 
 
 def test_the_support_table_names_tests_that_there_are() -> None:
-    features = measure.read(report.RESULTS / "support.json")["features"]
+    features = documents.read(report.RESULTS / "support.json")["features"]
     assert len(features) > 40
     for row in features.values():
         assert row["tests"]
@@ -332,7 +368,7 @@ def test_the_support_table_names_tests_that_there_are() -> None:
 
 
 def test_the_support_table_names_every_test_that_shows_a_feature(request: pytest.FixtureRequest) -> None:
-    features = measure.read(report.RESULTS / "support.json")["features"]
+    features = documents.read(report.RESULTS / "support.json")["features"]
     for item in request.session.items:  # of this run, which are all of them where CI runs
         for marker in item.iter_markers("supports"):
             group, feature, verdict, condition = (*marker.args, "")[:4]

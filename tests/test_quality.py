@@ -19,12 +19,11 @@ from support.models import one_stage, sdxl
 from torch import Tensor
 
 import tome_fx
-from bench import measure, metrics, quality, quality_tables, report, shapes, variants, viz
-from bench.cells import Case
-from bench.metrics import Images
+from bench import documents, metrics, pipelines, plots, quality, quality_tables, report, shapes, variants, viz
+from bench.cases import Case
+from bench.images import AsUNet, Images
 from bench.shapes.scenes import HELD_OUT, SIDE, draw, numbered
 from tome_fx import ops
-from tome_fx.families.unet import share
 
 mpl.use("agg")
 
@@ -44,6 +43,7 @@ def spoilt(images: Images, much: float) -> Images:
     return Images(pixels[:, :, ::4, ::4], pixels)
 
 
+@pytest.mark.slow
 def test_every_measure_falls_the_more_an_image_is_spoilt() -> None:
     good = pictures()
     judged = metrics.judging(numbered(HELD_OUT, 64))
@@ -105,17 +105,18 @@ def test_differences_are_told_where_both_rows_are_there() -> None:
 def test_prompts_are_read_from_lines_or_from_the_column_of_a_tsv(tmp_path: Path) -> None:
     lines = tmp_path / "prompts.txt"
     lines.write_text("a cat\n\na dog\n")
-    assert quality.read_prompts(lines, 2) == ["a cat", "a dog"]
+    assert pipelines.read_prompts(lines, 2) == ["a cat", "a dog"]
     table = tmp_path / "parti.tsv"
     table.write_text('Prompt\tCategory\na "big" cat\tAnimals\na dog, left\tAnimals\n')  # as PartiPrompts', unquoted
-    assert quality.read_prompts(table, 2) == ['a "big" cat', "a dog, left"]
+    assert pipelines.read_prompts(table, 2) == ['a "big" cat', "a dog, left"]
     with pytest.raises(ValueError, match=r"prompts: .* must have at least n=5 prompts, it has 2"):
-        quality.read_prompts(lines, 5)
+        pipelines.read_prompts(lines, 5)
     table.write_text("Text\tCategory\na cat\tAnimals\n")
     with pytest.raises(ValueError, match="must have a column Prompt, its columns are Text, Category"):
-        quality.read_prompts(table, 1)
+        pipelines.read_prompts(table, 1)
 
 
+@pytest.mark.slow
 def test_a_run_gives_every_variant_the_same_seeds_and_keeps_all_values(tmp_path: Path) -> None:
     cases = [Case(), Case("tome_fx", 0.5), Case("tome_fx", 0.0)]
     cases += [Case(variant, 0.5) for variant in ("each-step", "tomesd", "prop_attn")]
@@ -180,6 +181,7 @@ def test_an_option_that_a_variant_would_pass_over_is_refused(case: Case, message
     assert not (tmp_path / "q.json").exists()
 
 
+@pytest.mark.slow
 def test_rows_are_added_to_those_of_the_file_and_timed_in_turns(tmp_path: Path) -> None:
     path = tmp_path / "q.json"
     options: dict[str, Any] = {"steps": 1, "guidance": 3.0, "prompts": None, "path": path}
@@ -190,9 +192,9 @@ def test_rows_are_added_to_those_of_the_file_and_timed_in_turns(tmp_path: Path) 
     assert [len(row.pop("ms")) for row in document["rows"]] == [2, 2, 2]
     assert document["rows"] == first["rows"]
     assert document["timed"]["latents"] == 16
-    told = "\n".join(report._quality(measure.read(path)))
+    told = "\n".join(report._quality(documents.read(path)))
     assert f"`python -m bench {' '.join(document['timed']['argv'])}`, commit " in told
-    (drawn,) = report.plots({"quality": measure.read(path)}, tmp_path)
+    (drawn,) = plots.write({"quality": documents.read(path)}, tmp_path)
     assert drawn.exists()
     with pytest.raises(ValueError, match=r"q.json holds images of another size; give another file"):
         quality.run("shapes", [Case()], count=1, size={"height": 64, "width": 64}, **options)
@@ -213,7 +215,7 @@ def test_quality_over_speed_up_is_drawn_for_each_scope(tmp_path: Path) -> None:
     rows = [{"case": asdict(case), "ssim": [0.9, 0.8], "ms": [1.0]} for case in cases]
     axes: Any
     figure, axes = plt.subplots()
-    report._draw_tradeoff(axes, rows)
+    plots.draw_tradeoff(axes, rows)
     plt.close(figure)
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert sorted(labels) == ["stock", "tome_fx, all", "tome_fx, attn"]
@@ -261,7 +263,7 @@ def test_metrics_of_perception_are_built_once_and_see_each_image(monkeypatch: An
 
 def test_a_pipeline_of_sdxl_finds_in_a_variant_what_it_reads_of_its_unet() -> None:
     unet = sdxl()
-    variant = variants.AsUNet(lambda **inputs: inputs, unet)
+    variant = AsUNet(lambda sample, **inputs: {"sample": sample, **inputs}, unet)
     assert variant.add_embedding is unet.add_embedding
     assert (variant.config, variant.dtype, variant.device) == (unet.config, unet.dtype, unet.device)
     assert variant(1, 2, c=3) == {"sample": 1, "timestep": 2, "c": 3}
@@ -272,9 +274,9 @@ def test_a_pipeline_of_sdxl_finds_in_a_variant_what_it_reads_of_its_unet() -> No
 def test_a_run_on_the_cpu_names_no_gpu(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="a GPU"))
-    monkeypatch.setattr(measure, "_output", lambda *command: "something")
-    assert measure.machine("cpu")["gpu"] is None
-    assert measure.machine("cuda")["gpu"] == "a GPU"
+    monkeypatch.setattr(documents, "_output", lambda *command: "something")
+    assert documents.machine("cpu")["gpu"] is None
+    assert documents.machine("cuda")["gpu"] == "a GPU"
 
 
 def test_precision_batch_and_size_are_the_users_and_are_told(tmp_path: Path) -> None:
@@ -284,7 +286,7 @@ def test_precision_batch_and_size_are_the_users_and_are_told(tmp_path: Path) -> 
     given = ["--n", "2", "--steps", "1", "--ratio", "0.5", "--variant", "tome_fx", "--json", str(path)]
     given += ["--dtype", "bf16", "--batch", "1"]
     quality.main(parser.parse_args([*given, "--height", "64", "--width", "96"]))
-    document = measure.read(path)
+    document = documents.read(path)
     assert (document["size"], document["dtype"], document["device"]) == ([64, 96], "bf16", "cpu")
     assert document["machine"]["gpu"] is None
     timed = quality.add_times(path, 8, 1, dtype="bf16")["timed"]
@@ -294,7 +296,7 @@ def test_precision_batch_and_size_are_the_users_and_are_told(tmp_path: Path) -> 
 def test_one_match_leaves_one_match_for_stacked_blocks() -> None:
     unet = sdxl()
     ours = tome_fx.transform(unet, 0.5, max_downsample=4)
-    shared = variants.one_match(share(ours))
+    shared = variants.apply(Case("one-match", 0.5, max_downsample=4), unet)
     for path, module in ours.named_modules():
         if type(module).__name__ == "Transformer2DModel" and hasattr(module, "graph"):
             count = [
@@ -311,7 +313,7 @@ def test_other_destinations_in_every_step_come_round_again() -> None:
     unet = one_stage()
     given = model_inputs(unet)
     with torch.no_grad():
-        call = quality._each_step(unet, Case("each-step", 0.5), 3)
+        call = variants.each_step(unet, Case("each-step", 0.5), 3)
         outputs = [call(**given).sample for _ in range(6)]
     assert not torch.equal(outputs[0], outputs[1])
     assert all(torch.equal(outputs[i], outputs[i + 3]) for i in range(3))
@@ -360,13 +362,33 @@ def test_a_grid_is_written_with_a_column_for_each_title(tmp_path: Path) -> None:
     assert three[1] == two[1]
 
 
-def test_the_command_writes_a_map_of_each_site_and_a_grid_of_each_row(tmp_path: Path) -> None:
+def test_the_command_writes_a_map_of_each_site_and_a_grid_of_each_row(tmp_path: Path, monkeypatch: Any) -> None:
     parser = argparse.ArgumentParser()
     quality.add_arguments(parser)
-    given = ["--n", "1", "--steps", "2", "--ratio", "0.5", "--variant", "tome_fx", "--json", str(tmp_path / "q.json")]
+    given = ["--steps", "2", "--ratio", "0.5"]
+    rows = ["--n", "1", "--variant", "tome_fx", "--json", str(tmp_path / "q.json")]
+    monkeypatch.chdir(tmp_path)
     quality.main(parser.parse_args([*given, "--map", str(tmp_path / "map.png")]))
     assert not (tmp_path / "q.json").exists()
-    quality.main(parser.parse_args([*given, "--grid", str(tmp_path / "grid.png")]))
+    assert [path.name for path in tmp_path.iterdir()] == ["map.png"]
+    quality.main(parser.parse_args([*given, *rows, "--grid", str(tmp_path / "grid.png")]))
     assert (tmp_path / "q.json").exists()
     with Image.open(tmp_path / "map.png") as maps, Image.open(tmp_path / "grid.png") as grid:
         assert maps.size[1] > 2.5 * grid.size[1]  # three sites, one prompt
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--map", "m.png", "--n", "4", "--variant", "tomesd"], "--map goes with .* alone; --n, --variant would do"),
+        (["--map", "m.png", "--ratio", "0.25", "0.5"], "ratio must be one for --map, got 0.25, 0.5"),
+        (["--time", "64", "--ratio", "0.5"], "--time goes with --json, --device, --dtype alone; --ratio would do"),
+        (["--time", "64", "--map", "m.png"], "--map would do nothing"),
+    ],
+)
+def test_what_a_map_or_times_would_pass_over_is_refused(options: list[str], message: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(quality, "load", None)  # nothing is made where it is not
+    parser = argparse.ArgumentParser()
+    quality.add_arguments(parser)
+    with pytest.raises(ValueError, match=message):
+        quality.main(parser.parse_args(options))

@@ -12,10 +12,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from bench import measure, report, shapes
+from bench import documents, report, shapes
 from bench.shapes import reader as judge
 from bench.shapes import train
+from bench.shapes.fit import fit
 from bench.shapes.scenes import COLOURS, HELD_OUT, SHAPES, SIDE, THINGS, Scene, draw, numbered
+from bench.shapes.tokenizer import word_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*CLIPImageProcessor.*"),
@@ -88,6 +90,7 @@ def test_the_reader_is_not_content_with_a_spoilt_image() -> None:
     assert judge.load().right(scenes, noisy).float().mean() < 0.5
 
 
+@pytest.mark.slow
 def test_shapes_are_counted_from_pixels() -> None:
     scenes = numbered(HELD_OUT + 5000, 200)
     wanted = torch.tensor([len(scene.things) for scene in scenes])
@@ -120,7 +123,7 @@ def test_training_that_is_stopped_ends_where_training_that_is_not_ends(tmp_path:
             value: Tensor = module(torch.randn(8, 3)).square().mean()
             return value
 
-        train.fit(path, module, loss, steps=30, rate=1e-2, decay=0.9, every=10)
+        fit(path, module, loss, steps=30, rate=1e-2, decay=0.9, every=10)
         return module
 
     whole = go(tmp_path / "whole.pt")
@@ -140,16 +143,17 @@ def test_every_caption_fits_the_tokenizer_and_every_word_is_one_token(pipe: Stab
         assert len(words) + 2 <= pipe.tokenizer.model_max_length
 
 
+@pytest.mark.slow
 def test_a_tokenizer_for_training_is_the_same_in_every_process_and_has_each_word_as_one_token() -> None:
     program = (
-        "from bench.shapes.train import tokens, blank_pipeline; from diffusers import AutoencoderKL;"
-        "pipe = blank_pipeline(AutoencoderKL());"
-        "print(sorted(pipe.tokenizer.get_vocab().items()), tokens(pipe, ['a red circle above a blue square']).tolist())"
+        "from bench.shapes import blank; from bench.shapes.tokenizer import tokens; "
+        "tokenizer = blank.pipeline(blank.vae()).tokenizer; "
+        "print(sorted(tokenizer.get_vocab().items()), tokens(tokenizer, ['a red circle above a blue square']).tolist())"
     )
     runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in "ab"]
     assert runs[0].stdout == runs[1].stdout != ""
     captions = [scene.caption for scene in numbered(0, 1000)]
-    tokenizer = train.word_tokenizer([word for caption in captions for word in caption.split()])
+    tokenizer = word_tokenizer([word for caption in captions for word in caption.split()])
     for caption in captions[:200]:
         words = caption.replace(",", " ,").split()
         assert [token.removesuffix("</w>") for token in tokenizer.tokenize(caption)] == words
@@ -167,14 +171,15 @@ def test_the_committed_pipeline_is_ordinary_small_and_fine() -> None:
     } == {torch.float32}
 
 
+@pytest.mark.slow
 def test_the_committed_pipeline_draws_what_its_captions_say(pipe: StableDiffusionPipeline) -> None:
     scenes = numbered(HELD_OUT + 9000, 16)
-    images = train.generate(pipe, scenes, SIDE, seed=3)
+    images = train.sample(pipe, scenes, SIDE)
     assert judge.load().right(scenes, images).sum() >= 10  # 16 are too few to show 85 %: see the test below
 
 
 def test_the_measured_share_of_right_captions_is_the_one_asked_for() -> None:
-    rows = measure.read(report.RESULTS / "quality.json")["rows"]
+    rows = documents.read(report.RESULTS / "quality.json")["rows"]
     assert rows[0]["case"]["variant"] == "stock"
     assert sum(rows[0]["right"]) / len(rows[0]["right"]) >= 0.85
 

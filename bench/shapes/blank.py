@@ -1,0 +1,78 @@
+"""The shapes pipeline before it is trained: its sizes and its schedule."""
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from bench.models import assemble
+from bench.shapes import TEXT_TOKENS
+from bench.shapes.scenes import SIDE, numbered
+from bench.shapes.tokenizer import word_tokenizer
+
+WIDTH = 96  # of the text's tokens
+
+
+def vae() -> AutoencoderKL:
+    """Four latents for 4 x 4 pixels."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=SIDE,
+    )
+
+
+def pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
+    """The pipeline around a trained VAE, with its denoiser and text encoder untrained."""
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer(sorted({word for one in numbered(0, 1000) for word in one.caption.split()}))
+    tokenizer.model_max_length = TEXT_TOKENS
+    text_encoder = _text_encoder(tokenizer)
+    return assemble(_unet(), vae, _scheduler(), text_encoder, tokenizer)
+
+
+def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def _unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIDE // 4,
+        block_out_channels=(32, 64, 128),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 2, 1),  # one stacked, as in SDXL
+        attention_head_dim=(1, 2, 4),  # heads, whatever the name says
+        cross_attention_dim=WIDTH,
+        norm_num_groups=16,
+    )
+
+
+def _scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,
+        clip_sample=False,
+    )
