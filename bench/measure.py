@@ -15,9 +15,6 @@ from torch._dynamo.utils import clear_compilation_metrics, counters, get_compila
 from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
-from bench.documents import machine as machine  # tests/support/table.py has these two from here
-from bench.documents import write as write
-
 OUT_OF_MEMORY = "OOM"
 Call = Callable[[], torch.Tensor]
 WRONG = 0.05  # relative: far above the rounding of half precision, far below an output that is another

@@ -82,7 +82,6 @@ def test_a_model_sharded_after_the_transform_merges_and_its_ratio_cannot_be_set(
     assert all(issubclass(kind, dist.fsdp.FSDPModule) for kind in map(type, blocks(result).values()))
 
 
-@pytest.mark.xfail(strict=True, reason="a method for a new kind of call is added to the class that sharding derived")
 def test_a_kind_of_call_that_a_sharded_model_meets_first_is_served_by_others_too(
     sharded: Enable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

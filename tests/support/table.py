@@ -4,14 +4,13 @@
 environment has what a test needs it passes or fails; where it is skipped its row says so.
 """
 
-import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import measure
+from bench import documents
 
 VERDICTS = ("works", "works with a condition", "refused")
 OUTCOMES = ("passed", "skipped", "failed")  # of the cases of one test, the last of these counts
@@ -48,8 +47,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("support")
     if path is not None:
-        document = {"schema": 1, "kind": "support", "argv": sys.argv[1:], "machine": measure.machine()}
-        measure.write(path, document | {"features": {name: row for name, row in SUPPORT.items() if row["tests"]}})
+        shown = {name: row for name, row in SUPPORT.items() if row["tests"]}
+        documents.write(path, documents.new("support", **documents.origin("cuda"), features=shown))
 
 
 def _check_row(group: str, feature: str, verdict: str, condition: str = "") -> None:

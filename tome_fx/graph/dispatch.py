@@ -10,15 +10,13 @@ from typing import Any
 
 from torch import fx
 
-from tome_fx.graph.trace import Structure, kind, setting
+from tome_fx.graph.trace import kind, setting
 from tome_fx.plan import TransformError
 
 _dispatchers: set[types.CodeType] = set()
 
 
-def dispatcher(
-    structure: Structure, graph: fx.Graph, method_for: Callable[..., str], check: Callable[..., None] | None
-) -> types.FunctionType:
+def dispatcher(cls: Any, graph: fx.Graph, method_for: Callable[..., str]) -> types.FunctionType:
     """A forward with the inputs of the original and those the pass added, which calls the method for its arguments.
 
     For a forward(self, x, *, scale=1.0) whose module has the plain attributes dim and training, and a pass that adds
@@ -28,10 +26,16 @@ def dispatcher(
             check(self, slots)
             kinds = (kind(x), kind(scale),)
             settings = (setting(self.dim), setting(self.training),)
-            return getattr(self, method_for(type(self), kinds, settings))(x, scale, slots)
+            return getattr(self, method_for(cls, kinds, settings))(x, scale, slots)
 
     Its source is generated so that each class has a code object of its own: see NOTE [One class per structure].
+
+    Args:
+        cls: The class that it is for, with its `structure` and `check`; not one that is derived from it later.
+        graph: A rewritten one, for the inputs that the pass added.
+        method_for: Names the method for a kind of call.
     """
+    structure, check = cls.structure, cls.check
     given = {parameter.name: parameter for parameter in structure.parameters}
     placeholders = {node.target: node for node in graph.nodes if node.op == "placeholder"}
     added = [
@@ -46,9 +50,9 @@ def dispatcher(
         + (f"    check(self, {', '.join(p.name for p in added)})\n" if check else "")
         + f"    kinds = ({kinds})\n"
         f"    settings = ({''.join(f'setting(self.{name}), ' for name in structure.plain)})\n"
-        f"    return getattr(self, method_for(type(self), kinds, settings))({', '.join(placeholders)})\n"
+        f"    return getattr(self, method_for(cls, kinds, settings))({', '.join(placeholders)})\n"
     )
-    names = {"kind": kind, "setting": setting, "method_for": method_for, "check": check}
+    names = {"kind": kind, "setting": setting, "method_for": method_for, "check": check, "cls": cls}
     forward = compiled(source, names, f"{structure.base.__name__}.forward")
     defaults = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
     by_name = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]

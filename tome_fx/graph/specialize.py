@@ -90,9 +90,7 @@ def specialize(
             cls: Any = _derived(base)
             cls.structure, cls.rewrite, cls.check = structure, staticmethod(rewrite), check and staticmethod(check)
             cls.graph, cls.graphs, cls._methods = graph, {}, {}
-            cls.forward = redecorated(
-                base.forward, structure.function, dispatcher(structure, graph, _method_for, check)
-            )
+            cls.forward = redecorated(base.forward, structure.function, dispatcher(cls, graph, _method_for))
             _add(cls, signature, graph)
             _classes[key] = cls
         elif signature not in _classes[key].graphs:  # type: ignore[attr-defined]
