@@ -96,8 +96,8 @@ def test_two_models_with_a_dynamic_ratio_share_their_graph_and_not_their_ratio(c
 def test_a_dynamic_ratio_keeps_as_many_tokens_as_a_static_one_but_where_a_float_falls_short() -> None:
     for thousandths in range(751):
         ratio = thousandths / 1000
-        size = ops.ratio_as_size(ratio)
-        assert ops.size_as_ratio(size) == ratio
+        size = ops.as_read(ratio, dynamic=True)
+        assert ops.ratio_of(size) == ratio
         for height, width in ((8, 8), (16, 24), (40, 40), (64, 64), (60, 80), (96, 96), (100, 100), (128, 128)):
             tokens, found = height * width, ops.kept(height, width, size)
             assert found == Grid(height, width, 2, 2, ratio, dynamic_ratio=True).kept

@@ -98,13 +98,11 @@ def test_a_wrapper_put_around_the_forward_afterwards_stays_and_is_reached_throug
     arguments = inputs(one_block(), 16, 16)
     model = transform(one_block(), ratio=0.5)
     add_hook_to_module(model, ModelHook())
-    wrapper, codes = model.forward, set()
+    wrapper = model.forward
     for ratio in (0.25, 0.1, 0.25):
         set_ratio(model, ratio)
-        codes.add(model.tome_fx.forward.__code__)
         assert model.forward is wrapper
         assert torch.equal(output(model, arguments), output(transform(one_block(), ratio), arguments))
-    assert len(codes) == 2
     remove_hook_from_module(model)
     compiled = whole(model, counter)
     for ratio in (0.25, 0.1, 0.25):

@@ -35,7 +35,7 @@ from support.wrapped import wrapped
 from torch import Tensor, nn
 
 from tome_fx import ops, set_ratio, transform
-from tome_fx.graph import specialize
+from tome_fx.graph import dispatch, specialize
 from tome_fx.plan import downsampled
 
 
@@ -155,17 +155,18 @@ def test_an_interrupt_at_any_line_that_python_has_one_at_while_a_new_kind_of_cal
     expected = output(transform(one_block(), ratio), arguments), output(transform(one_block(), ratio), new)
 
     def interrupted_at(line: int) -> bool:
-        """Interrupt the first call of a new kind at its so-many-th line of `specialize`; whether it had that many."""
+        """Interrupt the first call of a new kind at its so-many-th line of these two files; whether it had that many."""
         monkeypatch.setattr(specialize, "_classes", {})
         result = transform(one_block(), ratio)
         left = line
 
         def trace(frame: Any, event: str, _: Any) -> Any:
             nonlocal left
-            if frame.f_code.co_filename != specialize.__file__:
+            file = frame.f_code.co_filename
+            if file not in (specialize.__file__, dispatch.__file__):
                 return None
             # Python itself never interrupts at the line of a `with`, where a lock is taken and given back.
-            here = linecache.getline(specialize.__file__, frame.f_lineno).strip()
+            here = linecache.getline(file, frame.f_lineno).strip()
             if event == "line" and not here.startswith("with "):
                 left -= 1
                 if left == 0:

@@ -101,7 +101,7 @@ class Outer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = Shifted(), Shifted()
-        self.ratio = RATIO
+        self.ratio = ops.as_read(RATIO, dynamic=False)
 
     def forward(self, noise: Tensor, image: Tensor) -> Tensor:
         tokens: Tensor = image.flatten(2).mT

@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tome_fx import ops
-from tome_fx.families.refusals import replaced_by
+from tome_fx.families.refusals import name_of
 from tome_fx.families.unet import MODELS, Model, merged_sites, placed_by_users, rewritten_classes, share
 from tome_fx.graph.specialize import original, with_own_code
 from tome_fx.plan import MERGING, Plan, TransformError
@@ -109,8 +109,7 @@ def transform(
         result.get_submodule(path).__class__ = cls
     for path in {site.transformer for site in merged_sites(model, plan)}:
         setattr(result.get_submodule(path), MERGING, merging)
-    own: Any = with_own_code(type(model), plan)
-    result.__class__ = own
+    result.__class__ = _own_class(type(model), plan)
     return result
 
 
@@ -133,10 +132,15 @@ def set_ratio(model: nn.Module, ratio: float) -> None:
     model, merging = transformed(model)
     plan = replace(merging.plan, ratio=ratio)
     if plan != merging.plan:
-        own = with_own_code(original(type(model)), plan)
+        own = _own_class(original(type(model)), plan)
         with _nothing_compiling():
-            merging.ratio = _as_read(plan)
+            merging.ratio = ops.as_read(plan.ratio, dynamic=plan.dynamic_ratio)
             model.__class__ = own
+
+
+def _own_class(base: type[nn.Module], plan: Plan) -> Any:
+    """See NOTE [A class of the model's own]. Models with a dynamic ratio share what is compiled, whatever it is."""
+    return with_own_code(base, replace(plan, ratio=0.0) if plan.dynamic_ratio else plan)
 
 
 class Merging:
@@ -148,18 +152,14 @@ class Merging:
 
     def __init__(self, plan: Plan) -> None:
         self.options = plan
-        self.ratio = _as_read(plan)  # the one thing that changes: see NOTE [One ratio]
+        self.ratio = ops.as_read(
+            plan.ratio, dynamic=plan.dynamic_ratio
+        )  # the one thing that changes: see NOTE [One ratio]
 
     @property
     def plan(self) -> Plan:
         """The options, with the ratio of now."""
-        ratio = self.ratio
-        return replace(self.options, ratio=ops.size_as_ratio(ratio) if isinstance(ratio, Tensor) else ratio)
-
-
-def _as_read(plan: Plan) -> float | Tensor:
-    """The plan's ratio as graphs read it."""
-    return ops.ratio_as_size(plan.ratio) if plan.dynamic_ratio else float(plan.ratio)
+        return replace(self.options, ratio=ops.ratio_of(self.ratio))
 
 
 @contextlib.contextmanager
@@ -208,7 +208,7 @@ def _check_type(model: object) -> None:
             )
         elif hasattr(model, "unet"):
             hint = "; pass pipe.unet, not the pipeline"
-        raise TypeError(f"model must be a {', '.join(names)} or {last} of diffusers, got {found}{hint}")
+        raise TypeError(f"model must be a {', '.join(names)} or {last}, got {found}{hint}")
 
 
 def _check_model(model: nn.Module) -> None:
@@ -232,14 +232,15 @@ def _check_model(model: nn.Module) -> None:
         forward = vars(module).get("forward")
         if forward is None or getattr(forward, "__func__", None) is type(module).forward:
             continue
-        if getattr(inspect.unwrap(forward), "__func__", None) is type(module).forward:
+        inner: Any = inspect.unwrap(forward)
+        if getattr(inner, "__func__", inner) is inspect.unwrap(type(module).forward):
             raise TransformError(
                 f"forward of {_where(model, module)} is replaced on the instance, as offloading hooks do: transform "
                 "the model first, then enable them on the result"
             )
         raise TransformError(
-            f"forward of {_where(model, module)} is {replaced_by(forward)} on the instance, which "
-            "merging would not go by: transform a model without that patch"
+            f"forward of {_where(model, module)} is replaced on the instance by {name_of(forward)}, which merging "
+            "would not go by: transform a model without that patch"
         )
 
 

@@ -80,7 +80,9 @@ class CheckStack:
         for path in self.blocks:
             block = module.get_submodule(path)
             if not is_generated(block.forward):
-                raise TransformError(f"forward of {path} is {replaced_by(block.forward)} since the transform: {ADVICE}")
+                raise TransformError(
+                    f"forward of {path} is replaced by {name_of(block.forward)} since the transform: {ADVICE}"
+                )
 
 
 ADVICE = (
@@ -89,12 +91,11 @@ ADVICE = (
 )
 
 
-def replaced_by(forward: Any) -> str:
-    """A foreign forward in words."""
+def name_of(forward: Any) -> str:
+    """Where a forward comes from."""
     function = inspect.unwrap(forward)
     function = getattr(function, "__func__", function)
-    where = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
-    return f"replaced by {where}"
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
 def _refuse_hooks(module: nn.Module, scope: Scope) -> None:

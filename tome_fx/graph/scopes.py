@@ -15,7 +15,7 @@ class Stack:
         defaults: Of all arguments that a block takes by position, in order; its slot map comes after them.
         image: Name of the input of the calling module that shows the grid.
         grid: What makes height and width of that input.
-        ratio: Path of the attribute of the calling module that holds the ratio, a number or a size.
+        ratio: Path of the attribute of the calling module that holds the ratio, from `ops.as_read`.
     """
 
     blocks: tuple[str, ...]

@@ -50,7 +50,23 @@ def _refuse_pickling(cls: type) -> NoReturn:
     )
 
 
+class Alias(Rewritten):
+    """The type of classes that do just what their original does, and so are equal to it.
+
+    Where diffusers looks for a model's exact type, as `from_pipe` does, it finds the one it knows.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        """Whether the other class is this one or its original."""
+        return other is cls or other is vars(cls).get("original")
+
+    def __hash__(cls) -> int:
+        """The original's."""
+        return hash(vars(cls).get("original", cls.__base__))
+
+
 copyreg.pickle(Rewritten, _refuse_pickling)
+copyreg.pickle(Alias, _refuse_pickling)
 
 _classes: dict[Hashable, type[nn.Module]] = {}
 _lock = threading.RLock()
@@ -106,7 +122,7 @@ def with_own_code(base: type[nn.Module], key: Hashable) -> type[nn.Module]:
     """
     with _lock:
         if (base, key) not in _classes:
-            cls: Any = _derived(base)
+            cls: Any = _derived(base, Alias)
             forward: Any = base.forward
             name = f"{forward.__code__.co_name}_{sha256(repr(key).encode()).hexdigest()[:12]}"
             cls.forward = copied(forward, code=forward.__code__.replace(co_name=name))
@@ -130,10 +146,10 @@ def original(cls: type[nn.Module]) -> type[nn.Module]:
     return cls.original  # type: ignore[no-any-return, attr-defined]
 
 
-def _derived(base: type[nn.Module]) -> Any:
+def _derived(base: type[nn.Module], kind_of_class: type[Rewritten] = Rewritten) -> Any:
     """A class derived from `base` that passes for it."""
     names = {"__module__": base.__module__, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
-    return Rewritten(base.__name__, (base,), {**names, "original": base})
+    return kind_of_class(base.__name__, (base,), {**names, "original": base})
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -8,7 +8,8 @@ NOTE [What a graph depends on]
 A forward in Python branches: on which optional inputs are given, on the keys of a dict, on a flag or a number of its
 module. A graph does not. So a graph is traced for one kind of call: the `kind` of each argument and the `setting` of
 each plain attribute at that moment. All else is looked up on the module when the graph runs: weights, children, and
-attributes that are objects or functions. What modules must have in common to share their graphs is their `Structure`.
+attributes that are floats, objects or functions. What modules must have in common to share their graphs is their
+`Structure`.
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from tome_fx.graph.nodes import call
 
-PLAIN = (bool, int, float, str, type(None))
+# Not float: dynamo may make one symbolic, which no choice of a graph can hang on. It is looked up.
+PLAIN = (bool, int, str, type(None))
 
 
 def kind(value: Any) -> Hashable:
@@ -51,8 +53,7 @@ class Structure:
     Args:
         base: The class whose forward is traced.
         calls: Names of functions to call from the graph, not to trace into: globals of the module of `base.forward`.
-        plain: Names of attributes that are None, a bool, a number or a string; their values belong to each kind of
-            call.
+        plain: Names of attributes that are None, a bool, an int or a string; their values belong to each kind of call.
         data: Names of lists and dicts of plain values, such as a config, each with itself as JSON. They are taken for
             constants.
         objects: Names of attributes that are anything else, looked up when a graph runs.

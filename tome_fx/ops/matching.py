@@ -7,11 +7,11 @@ NOTE [K is a shape]
 K is known where the match is made and travels as the length of `SlotMap.start`. Whoever merges reads it there, so that
 a merge is the same code at every ratio, and only the graphs that hold a match know one.
 
-NOTE [A ratio as a size]
-A number that a module holds is a constant to dynamo: one compile for each value. A size of a tensor may be dynamic.
-So a dynamic ratio is an empty tensor whose length says the ratio in thousandths, and one graph serves every ratio. The
-length is 2 at a ratio of 0, for dynamo takes the sizes 0 and 1 as constants too. Thousandths keep every product below
-2**31, which index arithmetic on a GPU needs.
+NOTE [A ratio as graphs read it]
+A static ratio is text: to dynamo that is a constant under all settings, one compile for each, where a float may become
+symbolic. A size of a tensor may be dynamic. So a dynamic ratio is an empty tensor whose length says the ratio in
+thousandths, and one graph serves every ratio. The length is 2 at a ratio of 0, for dynamo takes the sizes 0 and 1 as
+constants too. Thousandths keep every product below 2**31, which index arithmetic on a GPU needs.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from torch.utils import _pytree
 
 from tome_fx import plan
 
-LENGTH_AT_ZERO = 2  # of a ratio's tensor: see NOTE [A ratio as a size]
+LENGTH_AT_ZERO = 2  # of a dynamic ratio: see NOTE [A ratio as graphs read it]
 
 
 class SlotMap(NamedTuple):
@@ -55,30 +55,33 @@ def grid_of(image: Tensor) -> tuple[int, int]:
     return height, width
 
 
-def kept(height: int, width: int, ratio: float | Tensor) -> int | None:
+def kept(height: int, width: int, ratio: str | Tensor) -> int | None:
     """K, the tokens that a merge leaves of `height x width`, or None where nothing is to be merged.
 
     Args:
         height: Rows of the token grid.
         width: Columns of the token grid.
-        ratio: Share of the tokens to remove, or the same by NOTE [A ratio as a size].
+        ratio: From `as_read`.
     """
     if isinstance(ratio, Tensor):
         return plan.kept_by_thousandths(height, width, ratio.shape[0] - LENGTH_AT_ZERO)
-    return plan.kept(height, width, ratio) if ratio else None
+    share = float(ratio)
+    return plan.kept(height, width, share) if share else None
 
 
-def ratio_as_size(ratio: float) -> Tensor:
-    """A ratio in thousandths as the length of an empty tensor: see NOTE [A ratio as a size]."""
+def as_read(ratio: float, *, dynamic: bool) -> str | Tensor:
+    """A ratio for graphs to read: see NOTE [A ratio as graphs read it]."""
+    if not dynamic:
+        return repr(float(ratio))
     with torch.inference_mode(False):  # an inference tensor fails the guard of a graph compiled outside of it
         size = torch.empty(LENGTH_AT_ZERO + round(ratio * plan.THOUSAND), 0, dtype=torch.float32, device="cpu")
     torch._dynamo.mark_dynamic(size, 0)
     return size
 
 
-def size_as_ratio(size: Tensor) -> float:
-    """What `ratio_as_size` was given."""
-    return (size.shape[0] - LENGTH_AT_ZERO) / plan.THOUSAND
+def ratio_of(ratio: str | Tensor) -> float:
+    """What `as_read` was given."""
+    return (ratio.shape[0] - LENGTH_AT_ZERO) / plan.THOUSAND if isinstance(ratio, Tensor) else float(ratio)
 
 
 def match(
