@@ -155,7 +155,7 @@ def test_an_interrupt_at_any_line_that_python_has_one_at_while_a_new_kind_of_cal
     expected = output(transform(one_block(), ratio), arguments), output(transform(one_block(), ratio), new)
 
     def interrupted_at(line: int) -> bool:
-        """Interrupt the first call of a new kind at its so-many-th line of these two files; whether it had that many."""
+        """Interrupt the first call of a new kind at its so-many-th line of these files; whether it had that many."""
         monkeypatch.setattr(specialize, "_classes", {})
         result = transform(one_block(), ratio)
         left = line
