@@ -129,8 +129,11 @@ def keeps_probabilities(processor: type, hands_on: bool) -> bool:
 
 @functools.cache
 def _keeps_probabilities(processor: type, hands_on: bool) -> bool:
+    function: Any = processor.__call__
+    if issubclass(processor, nn.Module) and function is nn.Module.__call__:
+        function = processor.forward
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(processor.__call__)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):  # no source, such as that of a builtin or of an interactive session
         return False
     nodes = list(ast.walk(tree))
@@ -147,7 +150,7 @@ def _keeps_probabilities(processor: type, hands_on: bool) -> bool:
 
     for node in nodes:
         if isinstance(node, ast.Assign) and holds(node.value):
-            owners = [_owner(target) for target in node.targets if not isinstance(target, (ast.Name, ast.Tuple))]
+            owners = [_owner(target) for target in node.targets]
             if "self" in owners or (hands_on and any(owners)):
                 return True
         elif isinstance(node, ast.Call) and _owner(node.func) == "self" and any(map(holds, node.args)):
@@ -165,9 +168,9 @@ def _is_probabilities(value: ast.AST) -> bool:
 
 
 def _owner(target: ast.AST) -> str:
-    """The variable whose attribute or item this is; empty for the variable itself."""
-    if isinstance(target, ast.Name):
-        return ""
-    while isinstance(target, (ast.Attribute, ast.Subscript)):
-        target = target.value
-    return target.id if isinstance(target, ast.Name) else ""
+    """The variable of whose attribute this is a part, or a call; empty for a variable, or an item of one."""
+    attribute = False
+    while isinstance(target, (ast.Attribute, ast.Subscript, ast.Call)):
+        attribute |= isinstance(target, ast.Attribute)
+        target = target.func if isinstance(target, ast.Call) else target.value
+    return target.id if attribute and isinstance(target, ast.Name) else ""

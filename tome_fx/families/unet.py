@@ -90,7 +90,7 @@ def merged_sites(model: nn.Module, plan: Plan) -> list[Site]:
         found = sorted({type(stage).__name__ for _, stage, _ in _stages(model)})
         raise TransformError(
             f"found no transformer block over image tokens in {type(model).__name__}: expected a "
-            f"BasicTransformerBlock in a Transformer2DModel, found the stages {', '.join(found)}"
+            f"BasicTransformerBlock in a Transformer2DModel, found the stages {', '.join(found)}{_namesakes(model)}"
         )
     finest = min(site.downsample for site in sites)
     deepest = finest if plan.max_downsample is None else plan.max_downsample
@@ -198,6 +198,15 @@ def _stages(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     for path, stage in model.named_modules():
         if stage in factors:
             yield path, stage, factors[stage]
+
+
+def _namesakes(model: nn.Module) -> str:
+    """Classes in the model that bear the name of one of diffusers and are none of its, in words; empty without any."""
+    ours = (BasicTransformerBlock, Transformer2DModel)
+    names = [cls.__name__ for cls in ours]
+    found = {type(part) for part in model.modules() if type(part).__name__ in names and not isinstance(part, ours)}
+    places = sorted(f"{cls.__module__}.{cls.__qualname__}" for cls in found)
+    return f"; {', '.join(places)} is not diffusers' class of that name" if places else ""
 
 
 def _refuse_weights_for_the_prompt(model: nn.Module) -> None:

@@ -40,19 +40,16 @@ class SlotMap(NamedTuple):
     start: Tensor
 
 
-# A block that is exported by itself has a slot map among its inputs; its program is saved with the name of the type.
+# A block that is exported by itself has a slot map among its inputs: its program is saved with the name of the type and
+# loaded with an example of one.
 _pytree._register_namedtuple(SlotMap, serialized_type_name="tome_fx.ops.SlotMap")
+torch.serialization.add_safe_globals([SlotMap])
 
 
 def grid_of(image: Tensor) -> tuple[int, int]:
-    """Height and width of an image `[B, C, H, W]`, the grid that its tokens lie on.
-
-    Under `torch.jit.trace` sizes are tensors; what it traces is for one size.
-    """
+    """Height and width of an image `[B, C, H, W]`, the grid that its tokens lie on."""
     height, width = image.shape[-2:]
-    if isinstance(height, Tensor):
-        height, width = int(height), int(width)
-    return height, width
+    return _as_number(height), _as_number(width)
 
 
 def kept(height: int, width: int, ratio: str | Tensor) -> int | None:
@@ -64,7 +61,7 @@ def kept(height: int, width: int, ratio: str | Tensor) -> int | None:
         ratio: From `as_read`.
     """
     if isinstance(ratio, Tensor):
-        return plan.kept_by_thousandths(height, width, ratio.shape[0] - LENGTH_AT_ZERO)
+        return plan.kept_by_thousandths(height, width, _as_number(ratio.shape[0]) - LENGTH_AT_ZERO)
     share = float(ratio)
     return plan.kept(height, width, share) if share else None
 
@@ -163,6 +160,11 @@ def destinations_first(height: int, width: int, sx: int, sy: int, seed: int | No
     place = torch.where(y < rows * sy, place, token)
     # Inverting a permutation by a scatter also keeps Inductor from computing all of this anew for each channel.
     return torch.empty_like(place).scatter_(0, place, token)
+
+
+def _as_number(size: int | Tensor) -> int:
+    """The size itself, or its value under `torch.jit.trace`, which makes tensors of sizes and traces one of them."""
+    return int(size) if isinstance(size, Tensor) else size
 
 
 def _unit(tokens: Tensor) -> Tensor:
