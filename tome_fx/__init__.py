@@ -2,7 +2,8 @@
 
 from tome_fx.api import set_ratio, transform
 from tome_fx.plan import TransformError, __version__
-from tome_fx.tools.diagnose import Diagnosis, Finding, diagnose
+from tome_fx.tools.diagnose import diagnose
+from tome_fx.tools.diagnosis import Diagnosis, Finding
 from tome_fx.tools.explain import Report, SiteReport, explain
 from tome_fx.tools.schedule import RatioSchedule
 
