@@ -4,7 +4,7 @@ NOTE [A class of the model's own]
 dynamo compiles one code object at most 8 times, and every UNet of a process has the same forward. So a transformed
 model is of a class derived from its own, which bears its name and whose forward is a copy with a code object that
 belongs to the plan: each ratio has the limit to itself, and models of the same plan share what is compiled. The code
-does nothing that the original's does not. It is the class that has it, not the instance: a forward bound to one model
+does nothing that the original's does not, and the class is equal to the original. It is the class that has it, not the instance: a forward bound to one model
 would be that model's in every shallow copy of it, such as the replicas of `nn.DataParallel`, and would keep the model
 alive in a circle.
 
@@ -48,8 +48,8 @@ def transform(
 ) -> Model:
     """Give a UNet token merging: similar image tokens are averaged before attention and copied back after it.
 
-    Returns a new model of the same type which shares every parameter and buffer with the one given. The model
-    given is left as it is. The result runs eagerly, and `torch.compile(..., fullgraph=True)` takes it whole.
+    Returns a new model which shares every parameter and buffer with the one given. It is of a class derived from that
+    one's, which bears its name and is equal to it. The model given is left as it is. The result runs eagerly, and `torch.compile(..., fullgraph=True)` takes it whole.
 
     Args:
         model: A `UNet2DConditionModel`, `ControlNetModel`, `UNetMotionModel` or `UNet3DConditionModel`, not compiled
@@ -152,9 +152,8 @@ class Merging:
 
     def __init__(self, plan: Plan) -> None:
         self.options = plan
-        self.ratio = ops.as_read(
-            plan.ratio, dynamic=plan.dynamic_ratio
-        )  # the one thing that changes: see NOTE [One ratio]
+        # The one thing that changes: see NOTE [One ratio].
+        self.ratio = ops.as_read(plan.ratio, dynamic=plan.dynamic_ratio)
 
     @property
     def plan(self) -> Plan:
@@ -202,10 +201,7 @@ def _check_type(model: object) -> None:
         *names, last = (cls.__name__ for cls in MODELS)
         found, hint = type(model).__name__, ""
         if found in (*names, last):
-            found, hint = (
-                f"{type(model).__module__}.{found}",
-                ", a class of the same name from elsewhere",
-            )
+            found, hint = f"{type(model).__module__}.{found}", ", a class of the same name from elsewhere"
         elif hasattr(model, "unet"):
             hint = "; pass pipe.unet, not the pipeline"
         raise TypeError(f"model must be a {', '.join(names)} or {last}, got {found}{hint}")
