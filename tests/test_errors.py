@@ -82,6 +82,14 @@ def test_options_go_by_name_and_an_unknown_one_is_an_error() -> None:
         transform(two_stages(), generator=torch.Generator())  # type: ignore[call-arg]
 
 
+def test_one_match_for_one_block_is_an_option_that_does_nothing() -> None:
+    with pytest.raises(
+        ValueError, match="share_match=True does nothing: each transformer that is reached has one block"
+    ):
+        transform(two_stages(), share_match=True)
+    transform(sdxl(), max_downsample=4, share_match=True)
+
+
 def test_a_stride_may_be_as_large_as_the_finest_grid_with_attention() -> None:
     with untouched(sdxl()):
         assert isinstance(transform(sdxl(), sx=16, sy=16), UNet2DConditionModel)

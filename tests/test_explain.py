@@ -557,3 +557,9 @@ def test_a_module_that_needs_values_is_refused_in_words() -> None:
     model.conv_act = Asking()
     with pytest.raises(tome_fx.TransformError, match=r"FLOPs of UNet2DConditionModel at 16 x 16 .* without values: "):
         tome_fx.explain(model, 16, 16)
+
+
+def test_a_match_that_a_transformer_s_blocks_share_is_counted_once() -> None:
+    report = tome_fx.explain(tome_fx.transform(sdxl(), 0.5, max_downsample=8, share_match=True), 32, 32)
+    saved = sum(row.flops_before - row.flops_after for row in report.rows)
+    assert saved == report.flops_before - report.flops_after

@@ -2,6 +2,7 @@
 a ratio that changes under a compile, and processors and hooks that take merged tokens for pixels.
 """
 
+import abc
 import copy
 import gc
 import io
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import tomesd
 import torch
@@ -24,13 +26,27 @@ from diffusers.hooks.smoothed_energy_guidance_utils import _apply_smoothed_energ
 from diffusers.models import attention, attention_processor
 from diffusers.models.transformers import transformer_2d
 from support.compiling import in_place, whole
-from support.models import blocks, controlnet, inputs, one_block, output, relative_error, sdxl, two_stages
+from support.models import (
+    blocks,
+    controlnet,
+    inputs,
+    mask,
+    one_block,
+    output,
+    relative_error,
+    sdxl,
+    transformers,
+    two_stages,
+)
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
 import tome_fx
 from tome_fx import TransformError, set_ratio, transform
-from tome_fx.families.refusals import keeps_probabilities
+from tome_fx.families import maps
+from tome_fx.graph import specialize
+from tome_fx.graph.specialize import original
 
 # torch's own, on the first import of its compiler in a process
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -93,13 +109,30 @@ def test_a_model_is_freed_when_it_is_dropped_without_a_search_for_circles() -> N
         gc.enable()
 
 
+@pytest.mark.parametrize("arguments", [{}, {"encoder_attention_mask": mask()}], ids=["transform", "a new kind of call"])
+def test_a_trace_leaves_no_circle_that_keeps_its_callers_models(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(specialize, "_classes", {})  # as in a new process
+    gc.collect()
+    gc.disable()
+    try:
+        model = transform(copy.deepcopy(one_block()), 0.5)
+        output(model, {**inputs(model, 8, 8), **arguments})
+        reference = weakref.ref(model)
+        del model
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
 def test_the_class_of_the_result_passes_for_the_original_s() -> None:
     model = transform(two_stages(), 0.5)
     cls = type(model)
     assert cls.__name__ == "UNet2DConditionModel"
     assert cls.__module__ == UNet2DConditionModel.__module__
     assert cls in (UNet2DConditionModel,)
-    assert {UNet2DConditionModel: 1}[cls] == 1
+    assert cls not in {UNet2DConditionModel: 1}, "fully_shard would take the class that it made of the other"
     assert cls not in (type(transform(two_stages(), 0.25)), nn.Module)
     made = cls.from_config(model.config)
     assert type(made) is UNet2DConditionModel, "a class that was generated for modules that exist makes no others"
@@ -268,8 +301,107 @@ def test_a_vendored_class_of_the_same_name_is_named_with_its_module() -> None:
     for module in model.modules():
         if type(module).__name__ == "Transformer2DModel":
             module.__class__ = other
-    with pytest.raises(TransformError, match=r"vendored\.transformer_2d\.Transformer2DModel is not diffusers' class"):
+    with pytest.raises(TransformError, match=r"not diffusers' class of that name: vendored\.transformer_2d\.Transf"):
         transform(model)
+    some = copy.deepcopy(two_stages())
+    next(iter(transformers(some).values())).__class__ = other
+    with pytest.raises(TransformError, match=r"not every transformer block .* vendored\.transformer_2d\.Transf"):
+        transform(some)
+
+
+def wrapped_in_a_module(block: Any) -> Any:
+    return torch.compile(block, backend="eager")
+
+
+def timed(block: Any) -> Any:
+    before = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return before(*args, **kwargs)
+
+    block.forward = forward
+    return block
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("wrap", [wrapped_in_a_module, checkpoint_wrapper, timed])
+def test_a_wrapper_that_goes_on_to_the_block_is_not_taken_for_another_forward(wrap: Callable[[Any], Any]) -> None:
+    model = transform(copy.deepcopy(two_stages()), 0.5)
+    arguments = inputs(model, 16, 16)
+    expected = output(model, arguments)
+    for transformer in transformers(model).values():
+        transformer.transformer_blocks[0] = wrap(transformer.transformer_blocks[0])
+    assert relative_error(output(model, arguments), expected) < 1e-5
+
+
+class Longer(attention.BasicTransformerBlock):  # type: ignore[misc]
+    """A block with one more argument than diffusers' own."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, encoder_hidden_states: Any = None,
+                encoder_attention_mask: Any = None, timestep: Any = None, cross_attention_kwargs: Any = None,
+                class_labels: Any = None, added_cond_kwargs: Any = None, extra: float = 0.0) -> Any:  # fmt: skip
+        hidden_states = hidden_states + self.attn1(self.norm1(hidden_states)) + extra
+        prompt = self.attn2(self.norm2(hidden_states), encoder_hidden_states=encoder_hidden_states)
+        hidden_states = hidden_states + prompt
+        return hidden_states + self.ff(self.norm3(hidden_states))
+
+
+class Open(attention.BasicTransformerBlock):  # type: ignore[misc]
+    def forward(self, hidden_states: Tensor, *others: Any, **more: Any) -> Any:
+        return hidden_states + self.attn1(self.norm1(hidden_states))
+
+
+def of_blocks(cls: type[nn.Module]) -> Any:
+    model = copy.deepcopy(two_stages())
+    for block in blocks(model).values():
+        block.__class__ = cls
+    return model
+
+
+def test_a_slot_map_given_by_position_comes_after_the_block_s_own_arguments() -> None:
+    model = transform(of_blocks(Longer), 0.5)
+    arguments = inputs(model, 16, 16)
+    expected = output(model, arguments)
+    model.enable_gradient_checkpointing()
+    assert torch.equal(model(**arguments).sample, expected)
+    model = transform(of_blocks(Open), 0.5)
+    output(model, arguments)
+    model.enable_gradient_checkpointing()
+    with pytest.raises(TransformError, match=r"takes any number of arguments by position"):
+        model(**arguments)
+
+
+class Asks(attention.BasicTransformerBlock):  # type: ignore[misc]
+    """A block that looks at what its child is."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        if isinstance(self.attn1, attention_processor.Attention):
+            return hidden_states + self.attn1(self.norm1(hidden_states))
+        return hidden_states
+
+
+class Reads(attention.BasicTransformerBlock):  # type: ignore[misc]
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return hidden_states + self.attn1(hidden_states) * hasattr(self.attn1, "heads")
+
+
+def test_a_forward_that_depends_on_what_its_children_are_is_refused_and_not_guessed() -> None:
+    with pytest.raises(TransformError, match=r"Asks\.forward .* asks for the class of its child attn1"):
+        transform(of_blocks(Asks))
+    with pytest.raises(TransformError, match=r"Reads\.forward .* reads heads of its child attn1"):
+        transform(of_blocks(Reads))
+
+
+def test_a_unet_of_another_metaclass_is_transformed() -> None:
+    class Abstract(UNet2DConditionModel, abc.ABC):  # type: ignore[misc]
+        """A class of a user's own."""
+
+    model = copy.deepcopy(two_stages())
+    model.__class__ = Abstract
+    result = transform(model, 0.5)
+    arguments = inputs(model, 16, 16)
+    assert original(type(result)) is Abstract
+    assert torch.equal(output(result, arguments), output(transform(two_stages(), 0.5), arguments))
 
 
 @pytest.mark.parametrize("build", [two_stages, sdxl])
@@ -400,22 +532,93 @@ class OnTheModule:
         return attn.maps @ attn.to_v(hidden_states)
 
 
+class Twice:
+    """One more step between the probabilities and where they are kept, under a condition of its own."""
+
+    def __init__(self, keep: bool) -> None:
+        self.keep = keep
+
+    def __call__(processor, attn: Any, hidden_states: Tensor, attention_mask: Any = None, **_: Any) -> Any:
+        scores = attn.to_q(hidden_states) @ attn.to_k(hidden_states).mT
+        probs: Tensor = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
+        mean = probs.mean(0)
+        if processor.keep and mean is not None:
+            processor.first, processor.second = 1, mean
+        hidden_states[:] = probs @ attn.to_v(hidden_states)
+        processor.last = probs @ hidden_states
+        return hidden_states
+
+
+class Deaf:
+    """Takes a mask and never looks at it."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, **kwargs: Any) -> Any:
+        return Kept()(attn, hidden_states, encoder_hidden_states)
+
+
+Pix2PixZeroAttnProcessor = sys.modules[diffusers.StableDiffusionPix2PixZeroPipeline.__module__].Pix2PixZeroAttnProcessor
+
+
+def kept(processor: type) -> list[tuple[bool, tuple[str, ...]]]:
+    return [tuple(store) for store in maps.stores(processor)]
+
+
 @pytest.mark.parametrize(
-    "processor, keeps, hands_on",
-    [(Kept, True, True), (Appended, True, True), (Handed, False, True), (OnTheModule, False, True)],
+    "processor, expected",
+    [
+        (Kept, [(False, ())]),
+        (Appended, [(False, ())]),
+        (Handed, [(True, ())]),
+        (OnTheModule, [(True, ())]),
+        (Twice, [(False, ("keep",))]),
+        (Deaf, []),
+        (Shared, []),
+        (Pix2PixZeroAttnProcessor, [(False, ("is_pix2pix_zero",))]),
+    ],
 )
-def test_a_processor_that_keeps_attention_maps_is_told_by_its_source(
-    processor: type, keeps: bool, hands_on: bool
-) -> None:
-    assert keeps_probabilities(processor, False) == keeps
-    assert keeps_probabilities(processor, True) == hands_on
+def test_what_a_processor_keeps_of_attention_is_read_off_its_source(processor: type, expected: Any) -> None:
+    assert sorted(set(kept(processor))) == expected
 
 
-def test_no_processor_of_diffusers_own_kind_is_taken_for_one_that_keeps_maps() -> None:
+def test_no_processor_of_diffusers_for_images_and_prompts_is_taken_for_one_that_keeps_maps_or_drops_masks() -> None:
     named = {name: value for name, value in vars(attention_processor).items() if "Processor" in name}
-    found = {name: keeps_probabilities(value, True) for name, value in named.items() if isinstance(value, type)}
+    found = {name: value for name, value in named.items() if isinstance(value, type)}
     assert len(found) > 10
-    assert not [name for name, keeps in found.items() if keeps]
+    assert not [name for name, processor in found.items() if kept(processor)]
+    assert not [name for name in ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor",
+                                  "IPAdapterAttnProcessor2_0", "AttnAddedKVProcessor2_0")
+                if maps.drops_mask(found[name])]  # fmt: skip
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_store_under_a_condition_of_the_processor_s_own_counts_where_it_holds(keep: bool) -> None:
+    model = transform(two_stages(), 0.5)
+    block = next(iter(blocks(model).values()))
+    block.attn1.set_processor(Twice(keep))
+    arguments = inputs(model, 16, 16)
+    if keep:
+        with pytest.raises(TransformError, match=r"Twice keeps the attention probabilities that it sees in attn1"):
+            output(model, arguments)
+    else:
+        output(model, arguments)
+
+
+def test_a_processor_that_leaves_out_the_weights_is_refused_with_them_alone() -> None:
+    for prop_attn in (False, True):
+        model = transform(two_stages(), 0.5, prop_attn=prop_attn)
+        for block in blocks(model).values():
+            block.attn1.set_processor(Deaf())
+        if prop_attn:
+            with pytest.raises(TransformError, match=r"Deaf takes no notice of attention_mask"):
+                output(model, inputs(model, 16, 16))
+        else:
+            output(model, inputs(model, 16, 16))
+
+
+def test_a_processor_s_class_that_is_patched_later_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not kept(attention_processor.AttnProcessor)
+    monkeypatch.setattr(attention_processor.AttnProcessor, "__call__", Kept.__call__)
+    assert kept(attention_processor.AttnProcessor)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -220,3 +220,14 @@ def test_the_oracle_keeps_names_and_types_and_leaves_the_model_given_as_it_is() 
     for path, module in result.named_modules():
         assert isinstance(module, before[path])
         assert type(module).__name__ == before[path].__name__
+
+
+@pytest.mark.parametrize("ratio", [0, 0.25, 0.5])
+def test_one_match_for_the_blocks_of_a_transformer_is_what_the_oracle_makes_of_it(ratio: float) -> None:
+    arguments = inputs(sdxl())
+    options: dict[str, Any] = {"max_downsample": 8, "use_rand": False}
+    once, each_block = (
+        output(transform(sdxl(), ratio, share_match=share_match, **options), arguments) for share_match in (True, False)
+    )
+    assert torch.equal(once, output(wrapped(sdxl(), ratio, share_match=True, **options), arguments))
+    assert torch.equal(once, each_block) == (ratio == 0)

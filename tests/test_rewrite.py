@@ -36,7 +36,8 @@ def scopes(*modules: str) -> list[Scope]:
 
 def stack(*blocks: str) -> Stack:
     """Blocks of the outer graph, which take x and gain."""
-    return Stack(blocks, tokens="x", defaults=(None, 1.0), image="image", grid=ops.grid_of, ratio="ratio")
+    defaults = ((None, 1.0),) * len(blocks)
+    return Stack(blocks, tokens="x", defaults=defaults, image="image", grid=ops.grid_of, ratio="ratio")
 
 
 def checkpointed(function: nn.Module, *args: Tensor, **kwargs: Any) -> Any:

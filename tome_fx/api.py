@@ -4,14 +4,14 @@ NOTE [A class of the model's own]
 dynamo compiles one code object at most 8 times, and every UNet of a process has the same forward. So a transformed
 model is of a class derived from its own, which bears its name and whose forward is a copy with a code object that
 belongs to the plan: each ratio has the limit to itself, and models of the same plan share what is compiled. The code
-does nothing that the original's does not, and the class is equal to the original. It is the class that has it, not the instance: a forward bound to one model
-would be that model's in every shallow copy of it, such as the replicas of `nn.DataParallel`, and would keep the model
-alive in a circle.
+does nothing that the original's does not, and the class is equal to the original. It is the class that has it, not the
+instance: a forward bound to one model would be that model's in every shallow copy of it, such as the replicas of
+`nn.DataParallel`, and would keep the model alive in a circle.
 
 NOTE [One ratio]
 The ratio is one attribute of one object, which the modules that match tokens share and read when they run. So a change
-of it is one assignment, seen by all of them or by none. A thread that is compiling reads it more than once, so nothing
-is changed while one does.
+of it is one assignment, and no module can be left behind. A thread that is compiling reads it more than once, so
+nothing is changed while one does.
 """
 
 import contextlib
@@ -49,7 +49,8 @@ def transform(
     """Give a UNet token merging: similar image tokens are averaged before attention and copied back after it.
 
     Returns a new model which shares every parameter and buffer with the one given. It is of a class derived from that
-    one's, which bears its name and is equal to it. The model given is left as it is. The result runs eagerly, and `torch.compile(..., fullgraph=True)` takes it whole.
+    one's, which bears its name and is equal to it. The model given is left as it is. The result runs eagerly, and
+    `torch.compile(..., fullgraph=True)` takes it whole.
 
     Args:
         model: A `UNet2DConditionModel`, `ControlNetModel`, `UNetMotionModel` or `UNet3DConditionModel`, not compiled
@@ -72,7 +73,8 @@ def transform(
             the image closer to the original. False is what tomesd does, and leaves attention without a mask, which
             some of a GPU's kernels cannot take.
         share_match: Match before the first block of each transformer alone and merge in all its blocks by that, where
-            False matches before every block, as tomesd does. SDXL's transformers have up to ten blocks.
+            False matches before every block, as tomesd does. SDXL's transformers have up to ten blocks; those of
+            Stable Diffusion 1 and 2 have one each, where it is an error.
         dynamic_ratio: Make the number of kept tokens a dynamic size, so that one compiled graph serves every ratio
             that `set_ratio` gives it. The ratio is then a whole number of thousandths, and at 0 tokens are still
             matched. False compiles once for each ratio, and 0 is free.
@@ -118,10 +120,12 @@ def set_ratio(model: nn.Module, ratio: float) -> None:
 
     A model compiled whole compiles once more on its first call at a new ratio and not at all at a ratio it has had
     before; with `dynamic_ratio=True` it never compiles again. Block by block, blocks compile once more for the second
-    number of kept tokens that they see, and then serve any.
+    number of kept tokens that they see, and then serve any. Waits for a compile in another thread to end. A call that
+    runs meanwhile in another thread takes the new ratio from its next transformer on.
 
     Args:
-        model: What `transform` returned, or what `torch.compile` made of it. A copy of it keeps its own ratio.
+        model: What `transform` returned, or what `torch.compile` made of it. A deep copy of it keeps its own ratio; a
+            shallow copy shares the ratio as it shares the blocks.
         ratio: Share of the tokens to remove, as for `transform`.
 
     Raises:

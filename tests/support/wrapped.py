@@ -9,6 +9,7 @@ before or after. It is `__call__` and not `forward` or a hook, since what users 
 """
 
 import copy
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -29,16 +30,18 @@ def wrapped(model: Any, ratio: float = 0.5, **options: Any) -> Any:
     result, plan = copy.deepcopy(model), Plan(ratio, **{"use_rand": False, **options})
     sites = find_sites(model) if plan.matches else []
     deepest = plan.max_downsample or min((site.downsample for site in sites), default=0)
+    # The grid of a transformer's image and the slot map of its blocks' tokens, one of each for all or for each block.
+    seen: dict[str, dict[str, Any]] = defaultdict(dict)
     for site in sites:
         if site.downsample <= deepest:
-            _wrap_site(result.get_submodule(site.transformer), result.get_submodule(site.path), plan)
+            own = seen[site.transformer if plan.share_match else site.path]
+            _wrap_site(result.get_submodule(site.transformer), result.get_submodule(site.path), plan, own)
     return result
 
 
-def _wrap_site(transformer: nn.Module, block: nn.Module, plan: Plan) -> None:
-    seen: dict[str, Any] = {}  # the grid of the transformer's image, and the slot map of the block's tokens
-
+def _wrap_site(transformer: nn.Module, block: nn.Module, plan: Plan, seen: dict[str, Any]) -> None:
     def measure(call: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.clear()
         height, width = hidden_states.shape[-2:]
         seen["grid"] = Grid(height, width, plan.sx, plan.sy, plan.ratio, plan.dynamic_ratio)
         return call(hidden_states, *args, **kwargs)
@@ -46,7 +49,8 @@ def _wrap_site(transformer: nn.Module, block: nn.Module, plan: Plan) -> None:
     def match(call: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         grid = seen["grid"]
         options = {"kept": grid.kept, "sx": plan.sx, "sy": plan.sy, "seed": plan.cell_seed}
-        seen["slots"] = ops.match(hidden_states, grid.height, grid.width, **options)
+        if "slots" not in seen:
+            seen["slots"] = ops.match(hidden_states, grid.height, grid.width, **options)
         return call(hidden_states, *args, **kwargs)
 
     def merge(call: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -5,16 +5,14 @@ weights, a processor that keeps the attention probabilities. Processors that mix
 from others and are known by name. What works by place and shows none of this is not found; see the README's limits.
 """
 
-import ast
-import functools
 import inspect
-import textwrap
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from tome_fx.families import maps
 from tome_fx.graph.dispatch import is_generated
 from tome_fx.graph.scopes import Scope
 from tome_fx.ops import SlotMap
@@ -43,23 +41,37 @@ class CheckBlock:
         """Look at the modules that see merged tokens.
 
         Raises:
-            TransformError: One of them keeps what it sees for a later call, which merges others, or takes its tokens
-                for pixels, or would mix up the weights of images.
+            TransformError: A hook or a processor keeps what it saw, needs tokens in the order of the grid, mixes the
+                images of the batch, or leaves out the weights.
         """
         for scope in self.scopes if slots is not None else ():
             module = getattr(block, scope.module)
             _refuse_hooks(module, scope)
-            processor = type(getattr(module, "processor", None))
-            if self.weigh and scope.weights is not None and processor.__name__ in MIXING_PROCESSORS:
+            processor = getattr(module, "processor", None)
+            if processor is not None:
+                self._refuse_processor(processor, scope)
+
+    def _refuse_processor(self, processor: Any, scope: Scope) -> None:
+        name, weighed = type(processor).__name__, self.weigh and scope.weights is not None
+        if weighed and name in MIXING_PROCESSORS:
+            raise TransformError(
+                f"{name} attends in parts of the batch or across it, and would mix up the weights that prop_attn=True "
+                "gives tokens. Leave it out, or transform with prop_attn=False"
+            )
+        if weighed and maps.drops_mask(type(processor)):
+            raise TransformError(
+                f"{name} takes no notice of attention_mask, by which prop_attn=True would weigh merged tokens. Leave "
+                "it out, or transform with prop_attn=False"
+            )
+        for store in maps.stores(type(processor)):
+            # In self-attention stores of another object are common and leave its maps unread.
+            if store.elsewhere and scope.weights is not None:
+                continue
+            if all(getattr(processor, condition, True) for condition in store.conditions):
                 raise TransformError(
-                    f"{processor.__name__} attends in parts of the batch or across it, and would mix up the weights "
-                    "that prop_attn=True gives tokens. Leave it out, or transform with prop_attn=False"
-                )
-            if keeps_probabilities(processor, scope.weights is None):
-                raise TransformError(
-                    f"{processor.__name__} keeps the attention probabilities that it sees in {scope.module}, whose "
-                    f"tokens are merged ({scope.option}=True): they have no row for each pixel. Leave it out there, or "
-                    f"transform with {scope.option}=False"
+                    f"{name} keeps the attention probabilities that it sees in {scope.module}, whose tokens are merged "
+                    f"({scope.option}=True): they have no row for each pixel. Leave it out there, or transform with "
+                    f"{scope.option}=False"
                 )
 
 
@@ -79,7 +91,7 @@ class CheckStack:
             return
         for path in self.blocks:
             block = module.get_submodule(path)
-            if not is_generated(block.forward):
+            if not any(is_generated(part.forward) for part in block.modules()):  # it may be wrapped in another module
                 raise TransformError(
                     f"forward of {path} is replaced by {name_of(block.forward)} since the transform: {ADVICE}"
                 )
@@ -113,64 +125,3 @@ def _refuse_hooks(module: nn.Module, scope: Scope) -> None:
                     f"{name} changes tokens within {scope.module}, where they are merged ({scope.option}=True) and "
                     f"lie on no grid. Leave it out there, or transform with {scope.option}=False"
                 )
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def keeps_probabilities(processor: type, hands_on: bool) -> bool:
-    """Whether an attention processor keeps the probabilities that it computes, as far as its source shows.
-
-    Args:
-        processor: Its class.
-        hands_on: Count it too where they are stored on another object, or handed to one that the processor refers to.
-            In self-attention such stores are common and leave its maps unread.
-    """
-    return _keeps_probabilities(processor, hands_on)
-
-
-@functools.cache
-def _keeps_probabilities(processor: type, hands_on: bool) -> bool:
-    function: Any = processor.__call__
-    if issubclass(processor, nn.Module) and function is nn.Module.__call__:
-        function = processor.forward
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # no source, such as that of a builtin or of an interactive session
-        return False
-    nodes = list(ast.walk(tree))
-    names = {
-        target.id
-        for node in nodes
-        if isinstance(node, ast.Assign) and _is_probabilities(node.value)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
-
-    def holds(value: ast.AST) -> bool:
-        return _is_probabilities(value) or any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(value))
-
-    for node in nodes:
-        if isinstance(node, ast.Assign) and holds(node.value):
-            owners = [_owner(target) for target in node.targets]
-            if "self" in owners or (hands_on and any(owners)):
-                return True
-        elif isinstance(node, ast.Call) and _owner(node.func) == "self" and any(map(holds, node.args)):
-            method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-            if hands_on or method in ("append", "add", "extend", "update"):
-                return True
-    return False
-
-
-def _is_probabilities(value: ast.AST) -> bool:
-    """A call of `get_attention_scores` or of a softmax, whatever is done with its result afterwards."""
-    called = [node.func for node in ast.walk(value) if isinstance(node, ast.Call)]
-    names = {node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "") for node in called}
-    return bool(names & {"get_attention_scores", "softmax"})
-
-
-def _owner(target: ast.AST) -> str:
-    """The variable of whose attribute this is a part, or a call; empty for a variable, or an item of one."""
-    attribute = False
-    while isinstance(target, (ast.Attribute, ast.Subscript, ast.Call)):
-        attribute |= isinstance(target, ast.Attribute)
-        target = target.func if isinstance(target, ast.Call) else target.value
-    return target.id if attribute and isinstance(target, ast.Name) else ""

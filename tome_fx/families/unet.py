@@ -1,7 +1,6 @@
 """UNets and ControlNets: where their image tokens are, what of them is copied, and how their blocks are rewritten."""
 
 import copy
-import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -86,11 +85,12 @@ def merged_sites(model: nn.Module, plan: Plan) -> list[Site]:
         TransformError: The plan reaches no block of the model.
     """
     sites = find_sites(model)
-    if not sites:
+    if not sites or _namesakes(model):
         found = sorted({type(stage).__name__ for _, stage, _ in _stages(model)})
         raise TransformError(
-            f"found no transformer block over image tokens in {type(model).__name__}: expected a "
-            f"BasicTransformerBlock in a Transformer2DModel, found the stages {', '.join(found)}{_namesakes(model)}"
+            f"found {'not every' if sites else 'no'} transformer block over image tokens in {type(model).__name__}: "
+            f"expected a BasicTransformerBlock in a Transformer2DModel, found the stages {', '.join(found)}"
+            f"{_namesakes(model)}"
         )
     finest = min(site.downsample for site in sites)
     deepest = finest if plan.max_downsample is None else plan.max_downsample
@@ -111,6 +111,8 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
     """
     chosen = merged_sites(model, plan)
     _refuse_large_strides(model, plan, min(site.downsample for site in chosen))
+    if plan.share_match and len({site.transformer for site in chosen}) == len(chosen):
+        raise ValueError("share_match=True does nothing: each transformer that is reached has one block")
     scopes = tuple(scope for scope in SCOPES if scope.module in plan.scopes)
     if plan.prop_attn:
         _refuse_weights_for_the_prompt(model)
@@ -130,11 +132,10 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
     _register_for_layer_skipping(set(classes.values()))
     for path in dict.fromkeys(site.transformer for site in chosen):
         blocks = tuple(site.block for site in chosen if site.transformer == path)
-        parameters = inspect.signature(BasicTransformerBlock.forward).parameters.values()
         stack = Stack(
             blocks,
             tokens="hidden_states",
-            defaults=tuple(p.default for p in parameters)[1:],
+            defaults=tuple(_positional_defaults(classes[f"{path}.{block}"]) for block in blocks),
             image="hidden_states",
             grid=ops.grid_of,
             ratio=f"{MERGING}.ratio",
@@ -168,6 +169,14 @@ def placed_by_users(model: nn.Module) -> Iterator[object]:
                 yield value
 
 
+def _positional_defaults(cls: Any) -> tuple[Any, ...] | None:
+    """The defaults of all arguments that a rewritten block took by position; None if it took any number."""
+    parameters = cls.structure.parameters
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return tuple(p.default for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD)
+
+
 def _register_for_layer_skipping(classes: Iterable[type[nn.Module]]) -> None:
     """Enter rewritten blocks where diffusers' layer skipping looks up what a block takes and returns.
 
@@ -180,7 +189,7 @@ def _register_for_layer_skipping(classes: Iterable[type[nn.Module]]) -> None:
         known = TransformerBlockRegistry.get(BasicTransformerBlock)
         for cls in classes:
             TransformerBlockRegistry.register(cls, replace(known, _cached_parameter_indices=None))
-    except (ImportError, AttributeError, TypeError):
+    except (ImportError, AttributeError, TypeError, ValueError):
         return
 
 
@@ -206,7 +215,7 @@ def _namesakes(model: nn.Module) -> str:
     names = [cls.__name__ for cls in ours]
     found = {type(part) for part in model.modules() if type(part).__name__ in names and not isinstance(part, ours)}
     places = sorted(f"{cls.__module__}.{cls.__qualname__}" for cls in found)
-    return f"; {', '.join(places)} is not diffusers' class of that name" if places else ""
+    return f"; not diffusers' class of that name: {', '.join(places)}" if places else ""
 
 
 def _refuse_weights_for_the_prompt(model: nn.Module) -> None:

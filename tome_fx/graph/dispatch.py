@@ -23,10 +23,9 @@ def dispatcher(cls: Any, graph: fx.Graph, method_for: Callable[..., str]) -> typ
     slots, it reads::
 
         def forward(self, x, slots=None, *, scale=None):
-            check(self, slots)
-            kinds = (kind(x), kind(scale),)
-            settings = (setting(self.dim), setting(self.training),)
-            return getattr(self, method_for(cls, kinds, settings))(x, scale, slots)
+            _check(self, slots)
+            _method = _method_for(_cls, (_kind(x), _kind(scale), ), (_setting(self.dim), _setting(self.training), ))
+            return getattr(self, _method)(x, scale, slots)
 
     Its source is generated so that each class has a code object of its own: see NOTE [One class per structure].
 
@@ -36,23 +35,23 @@ def dispatcher(cls: Any, graph: fx.Graph, method_for: Callable[..., str]) -> typ
         method_for: Names the method for a kind of call.
     """
     structure, check = cls.structure, cls.check
-    given = {parameter.name: parameter for parameter in structure.parameters}
+    own = {parameter.name: parameter for parameter in structure.parameters}
     placeholders = {node.target: node for node in graph.nodes if node.op == "placeholder"}
     added = [
         Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=node.args[0])
         for name, node in placeholders.items()
-        if name not in given
+        if name not in own
     ]
-    parameters = _with_added(list(given.values()), added)
-    kinds = "".join(f"{_kind_call(p)}, " for p in given.values())
+    parameters = _with_added(list(own.values()), added)
+    kinds = "".join(f"{_kind_call(p)}, " for p in own.values())
+    settings = "".join(f"_setting(self.{name}), " for name in structure.plain)
     source = (
-        f"def forward(self, {_heads(parameters)}):\n"
-        + (f"    check(self, {', '.join(p.name for p in added)})\n" if check else "")
-        + f"    kinds = ({kinds})\n"
-        f"    settings = ({''.join(f'setting(self.{name}), ' for name in structure.plain)})\n"
-        f"    return getattr(self, method_for(cls, kinds, settings))({', '.join(placeholders)})\n"
+        f"def forward(self, {_parameter_list(parameters)}):\n"
+        + (f"    _check(self, {', '.join(p.name for p in added)})\n" if check else "")
+        + f"    _method = _method_for(_cls, ({kinds}), ({settings}))\n"
+        f"    return getattr(self, _method)({', '.join(placeholders)})\n"
     )
-    names = {"kind": kind, "setting": setting, "method_for": method_for, "check": check, "cls": cls}
+    names = {"_kind": kind, "_setting": setting, "_method_for": method_for, "_check": check, "_cls": cls}
     forward = compiled(source, names, f"{structure.base.__name__}.forward")
     defaults = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
     by_name = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
@@ -62,17 +61,17 @@ def dispatcher(cls: Any, graph: fx.Graph, method_for: Callable[..., str]) -> typ
     return forward
 
 
-def _with_added(given: list[Parameter], added: list[Parameter]) -> list[Parameter]:
+def _with_added(own: list[Parameter], added: list[Parameter]) -> list[Parameter]:
     """The added ones come last among those that may go by position; after *args there are none, so by name alone."""
-    kinds = [p.kind for p in given]
+    kinds = [p.kind for p in own]
     if Parameter.VAR_POSITIONAL in kinds:
         added = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in added]
     last = Parameter.KEYWORD_ONLY if Parameter.VAR_POSITIONAL in kinds else Parameter.POSITIONAL_OR_KEYWORD
     place = sum(k <= last for k in kinds)
-    return [*given[:place], *added, *given[place:]]
+    return [*own[:place], *added, *own[place:]]
 
 
-def _heads(parameters: list[Parameter]) -> str:
+def _parameter_list(parameters: list[Parameter]) -> str:
     """The parameters as source; a default is None here and is set on the function."""
     heads: list[str] = []
     for p in parameters:
@@ -85,7 +84,7 @@ def _heads(parameters: list[Parameter]) -> str:
 
 def _kind_call(parameter: Parameter) -> str:
     of_many = parameter.kind is Parameter.VAR_POSITIONAL
-    return f"kind(dict(enumerate({parameter.name})))" if of_many else f"kind({parameter.name})"
+    return f"_kind(dict(enumerate({parameter.name})))" if of_many else f"_kind({parameter.name})"
 
 
 def compiled(source: str, names: dict[str, Any], title: str) -> types.FunctionType:
@@ -98,9 +97,20 @@ def compiled(source: str, names: dict[str, Any], title: str) -> types.FunctionTy
 
 
 def is_generated(function: Any) -> bool:
-    """Whether a module's forward is one of ours, within whatever has been wrapped around it."""
+    """Whether a module's forward is one of ours, within what has been wrapped around it, or one that refers to it."""
     function = inspect.unwrap(function)
-    return getattr(getattr(function, "__func__", function), "__code__", None) in _dispatchers
+    function = getattr(function, "__func__", function)
+    if getattr(function, "__code__", None) in _dispatchers:
+        return True
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+    return any(is_generated(inner) for inner in cells if isinstance(inner, (types.MethodType, types.FunctionType)))
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def redecorated(outer: Any, inner: types.FunctionType, new: types.FunctionType) -> types.FunctionType:

@@ -1,5 +1,6 @@
 """Functions that rewritten graphs call beside those of `ops`, named so that printed graphs read."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -37,13 +38,13 @@ def attend(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     try:
         return attention(*args, **kwargs)
     except RuntimeError as error:
-        if isinstance(error, TransformError) or "size" not in str(error):
+        if isinstance(error, TransformError) or not re.search("must match|broadcast|expanded size", str(error)):
             raise
         processor = type(getattr(attention, "processor", attention))
         raise TransformError(
             f"{processor.__module__}.{processor.__qualname__} failed on the weights that prop_attn=True gives merged "
             f"tokens, one for each that it was handed: {error}. If it attends to other keys as well, such as those of "
-            "another image, leave it out, or transform with prop_attn=False"
+            "another image, or takes no mask of [B, 1, K], leave it out, or transform with prop_attn=False"
         ) from error
 
 

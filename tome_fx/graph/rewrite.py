@@ -115,7 +115,7 @@ def insert_match(graph: fx.Graph, stack: Stack, *, sx: int, sy: int, seed: int |
                     (call.argument(stack.tokens), height, width),
                     {"kept": kept, "sx": sx, "sy": sy, "seed": seed},
                 )
-        call.add(slots, "slots", defaults=stack.defaults)
+        call.add(slots, "slots", defaults=stack.defaults[stack.blocks.index(call.module)])
     return len(calls)
 
 
@@ -156,8 +156,8 @@ def insert_merge(graph: fx.Graph, scopes: Collection[Scope], *, weigh: bool = Fa
         with graph.inserting_before(call.node):
             for name in scope.per_token:
                 if call.node.kwargs.get(name) is not None:
-                    given = (call.node.kwargs[name], slots, name, scope.module, scope.option)
-                    checked = graph.call_function(nodes.refused_if_merged, given)
+                    details = (call.node.kwargs[name], slots, name, scope.module, scope.option)
+                    checked = graph.call_function(nodes.refused_if_merged, details)
                     call.node.update_kwarg(name, checked)
             merged = graph.call_function(ops.merge, (tokens, slots))
             call.replace(scope.tokens, merged)
@@ -195,13 +195,18 @@ class _Call(NamedTuple):
         else:
             self.node.update_arg(self.first, value)
 
-    def add(self, value: fx.Node, name: str, defaults: tuple[Any, ...]) -> None:
+    def add(self, value: fx.Node, name: str, defaults: tuple[Any, ...] | None) -> None:
         """Give the module one more argument, the last that it takes by position."""
         if self.first == 0:
             self.node.update_kwarg(name, value)
-        else:
-            given = len(self.node.args) - self.first
-            self.node.args = (*self.node.args, *defaults[given:], value)
+            return
+        if defaults is None:
+            raise TransformError(
+                f"{self.module} takes any number of arguments by position, and is called through "
+                f"{self.node.target}, which may pass no others: it cannot be handed what to merge"
+            )
+        count = len(self.node.args) - self.first
+        self.node.args = (*self.node.args, *defaults[count:], value)
 
 
 def _calls(graph: fx.Graph, modules: Collection[str]) -> Iterator[_Call]:
@@ -239,7 +244,7 @@ def _unmerge(node: fx.Node, result: int | None, slots: fx.Node) -> None:
         with node.graph.inserting_after(merged):
             restored = node.graph.call_function(ops.unmerge, (merged, slots))
         merged.replace_all_uses_with(restored)
-        restored.update_arg(0, merged)  # which has been replaced there as well
+        restored.update_arg(0, merged)  # its own input, which has been replaced as well
 
 
 def _require(count: int, modules: tuple[str, ...], graph: fx.Graph) -> None:

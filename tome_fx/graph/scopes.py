@@ -12,7 +12,8 @@ class Stack:
     Args:
         blocks: Their names in the module that calls them.
         tokens: Name of a block's argument that holds the tokens `[B, N, C]`; by position it is the first.
-        defaults: Of all arguments that a block takes by position, in order; its slot map comes after them.
+        defaults: For each block, the default values of its positional arguments, in order: where it is called through a
+            function, its slot map must come after all of them. None for a block that takes any number.
         image: Name of the input of the calling module that shows the grid.
         grid: What makes height and width of that input.
         ratio: Path of the attribute of the calling module that holds the ratio, from `ops.as_read`.
@@ -20,7 +21,7 @@ class Stack:
 
     blocks: tuple[str, ...]
     tokens: str
-    defaults: tuple[Any, ...]
+    defaults: tuple[tuple[Any, ...] | None, ...]
     image: str
     grid: Callable[[Any], tuple[int, int]]
     ratio: str

@@ -15,6 +15,7 @@ the process: transforming anew with options had before compiles nothing.
 
 import copyreg
 import threading
+import types
 from collections.abc import Callable, Hashable, Mapping
 from hashlib import sha256
 from inspect import Parameter
@@ -53,16 +54,15 @@ def _refuse_pickling(cls: type) -> NoReturn:
 class Alias(Rewritten):
     """The type of classes that do just what their original does, and so are equal to it.
 
-    Where diffusers looks for a model's exact type, as `from_pipe` does, it finds the one it knows.
+    Where diffusers compares a model's type with those it knows, as `from_pipe` does, it finds it. Hashes differ, so
+    that dicts keyed by class, as that of `fully_shard`, tell them apart.
     """
+
+    __hash__ = type.__hash__
 
     def __eq__(cls, other: object) -> bool:
         """Whether the other class is this one or its original."""
         return other is cls or other is vars(cls).get("original")
-
-    def __hash__(cls) -> int:
-        """The original's."""
-        return hash(vars(cls).get("original", cls.__base__))
 
 
 copyreg.pickle(Rewritten, _refuse_pickling)
@@ -124,6 +124,10 @@ def with_own_code(base: type[nn.Module], key: Hashable) -> type[nn.Module]:
         if (base, key) not in _classes:
             cls: Any = _derived(base, Alias)
             forward: Any = base.forward
+            if not isinstance(forward, types.FunctionType):
+                raise TransformError(
+                    f"forward of {base.__module__}.{base.__qualname__} must be a function, found {forward!r}"
+                )
             name = f"{forward.__code__.co_name}_{sha256(repr(key).encode()).hexdigest()[:12]}"
             cls.forward = copied(forward, code=forward.__code__.replace(co_name=name))
             _classes[base, key] = cls
@@ -149,6 +153,8 @@ def original(cls: type[nn.Module]) -> type[nn.Module]:
 def _derived(base: type[nn.Module], kind_of_class: type[Rewritten] = Rewritten) -> Any:
     """A class derived from `base` that passes for it."""
     names = {"__module__": base.__module__, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
+    if not issubclass(kind_of_class, type(base)):  # such as ABCMeta
+        kind_of_class = type(kind_of_class.__name__, (kind_of_class, type(base)), {})
     return kind_of_class(base.__name__, (base,), {**names, "original": base})
 
 

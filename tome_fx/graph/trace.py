@@ -13,9 +13,11 @@ attributes that are floats, objects or functions. What modules must have in comm
 """
 
 import dataclasses
+import dis
 import inspect
 import json
 import operator
+import sys
 import types
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
 from tome_fx.graph.nodes import call
+from tome_fx.plan import TransformError
 
 # Not float: dynamo may make one symbolic, which no choice of a graph can hang on. It is looked up.
 PLAIN = (bool, int, str, type(None))
@@ -145,13 +148,33 @@ def trace(structure: Structure, kinds: tuple[Hashable, ...], settings: tuple[Has
     return graph
 
 
-class _Tokens(fx.Proxy):
-    """A proxy that knows its rank. Whatever is computed from image tokens `[B, N, C]` is of rank 3 here."""
+class _Proxy(fx.Proxy):
+    """A proxy that is taken apart like fx's own, but leaves no circle of frames, which would keep callers' models."""
+
+    def __getattr__(self, name: str) -> "_Attribute":
+        return _Attribute(self, name)
+
+    def __iter__(self) -> Any:
+        itself: Any = self
+        frame = sys._getframe(1)
+        code, at = frame.f_code.co_code, frame.f_lasti
+        del frame
+        if dis.opname[code[at]] == "UNPACK_SEQUENCE":  # as many as there are names for
+            return iter([itself[i] for i in range(code[at + 1])])
+        return self.tracer.iter(self)
+
+
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    """An attribute of a proxy."""
+
+
+class _Ranked(_Proxy):
+    """A proxy that knows its rank: that of image tokens `[B, N, C]`, and of what is computed from them, if not told."""
 
     ndim = 3
 
 
-class _Object(fx.Proxy):
+class _Object(_Proxy):
     """An attribute that is looked up when the graph runs; if a function, it is called through `call`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
@@ -160,7 +183,7 @@ class _Object(fx.Proxy):
 
 class _Tracer(GraphAppendingTracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Tokens(node, self)
+        return _Ranked(node, self)
 
     def placeholder(self, parameter: Parameter) -> fx.Node:
         default = parameter.default
@@ -178,7 +201,10 @@ class _Tracer(GraphAppendingTracer):
 
 
 class _Child:
-    """Stands for a child module: a call of it is a call_module node, as an argument it is a get_attr node."""
+    """Stands for a child module: a call of it is a call_module node, as an argument it is a get_attr node.
+
+    What a child is made of may change after the trace, so that a forward which asks is not traced.
+    """
 
     def __init__(self, tracer: _Tracer, name: str) -> None:
         self.tracer = tracer
@@ -186,6 +212,15 @@ class _Child:
 
     def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_module", self.name, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise TransformError(f"it reads {name} of its child {self.name}, which a graph cannot depend on")
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # what isinstance asks for
+        raise TransformError(f"it asks for the class of its child {self.name}, which a graph cannot depend on")
 
 
 class _Function:
@@ -212,7 +247,7 @@ def _standin(tracer: _Tracer, structure: Structure, settings: tuple[Hashable, ..
     vars(standin).update(
         {**structure.constants, **values},
         **{name: _Object(tracer.graph.get_attr(name), tracer) for name in objects},
-        _parameters={name: fx.Proxy(tracer.graph.get_attr(name), tracer) for name in structure.tensors},
+        _parameters={name: _Proxy(tracer.graph.get_attr(name), tracer) for name in structure.tensors},
         _modules={**children, **dict.fromkeys(structure.absent)},
     )
     return standin
@@ -227,7 +262,7 @@ def _argument(tracer: _Tracer, node: fx.Node, what: Hashable) -> Any:
             name: _argument(tracer, tracer.graph.call_function(operator.getitem, (node, name)), item)
             for name, item in what
         }
-    proxy = _Tokens(node, tracer)
+    proxy = _Ranked(node, tracer)
     if what != "opaque":
         proxy.ndim = int(str(what)[:-1])
     return proxy
@@ -239,5 +274,5 @@ def _as_json(value: Any) -> str | None:
         return None
     try:
         return json.dumps(value)
-    except TypeError:
+    except (TypeError, ValueError, RecursionError):  # the latter two of one that holds itself
         return None

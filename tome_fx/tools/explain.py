@@ -105,9 +105,11 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
         module.__class__ = original(type(module))
     before = _flops(shapes, height, width)
 
+    matching = {site.transformer: site for site in reversed(sites)}.values() if plan.share_match else sites
     rows = []
     for site in sites:
         side = downsampled(height, site.downsample), downsampled(width, site.downsample)
+        matches = plan.matches and site in matching
         grid = Grid(*side, plan.sx, plan.sy, plan.ratio, plan.dynamic_ratio)
         rows.append(
             SiteReport(
@@ -119,7 +121,7 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
                 kept=grid.kept,
                 scopes=plan.scopes,
                 flops_before=before.get(site.path, 0),  # a block may be there and not be run
-                flops_after=after.get(site.path, 0) + plan.matches * grid.match_flops(site.channels),
+                flops_after=after.get(site.path, 0) + matches * grid.match_flops(site.channels),
                 note=grid.note,
             )
         )
