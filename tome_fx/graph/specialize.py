@@ -35,8 +35,9 @@ Check = Callable[..., None]
 class Rewritten(type):
     """The type of generated classes. Bearing another class's name, they could not be found by it when unpickled.
 
-    Such a class is made for modules that exist. Called like any class, as `type(model).from_config` does, it makes a
-    module of the class that it was derived from.
+    Each holds `original`, the class that it was derived from; one made by `specialize` also its `structure`, the pass
+    `rewrite`, what to `check`, its `graphs` by call signature, and `graph`, the first of them. It is made for modules
+    that exist: called like any class, as `type(model).from_config` does, it makes a module of the original.
     """
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:

@@ -153,13 +153,13 @@ def destinations_first(height: int, width: int, sx: int, sy: int, seed: int | No
     y, x = token // width, token % width
     cell = y // sy * columns + x // sx
     first = 0 if seed is None else plan.scramble(cell + seed) % (sx * sy)
-    turn = (y % sy * sx + x % sx - first) % (sx * sy)  # 0 at the destination
-    place = turn * (rows * columns) + cell
-    beside = rows * sy * columns * sx + y * (width - columns * sx) + x - columns * sx
-    place = torch.where(x < columns * sx, place, beside)
-    place = torch.where(y < rows * sy, place, token)
+    offset = (y % sy * sx + x % sx - first) % (sx * sy)  # in the cell, from its destination on
+    index = offset * (rows * columns) + cell
+    right_of_cells = rows * sy * columns * sx + y * (width - columns * sx) + x - columns * sx
+    index = torch.where(x < columns * sx, index, right_of_cells)
+    index = torch.where(y < rows * sy, index, token)
     # Inverting a permutation by a scatter also keeps Inductor from computing all of this anew for each channel.
-    return torch.empty_like(place).scatter_(0, place, token)
+    return torch.empty_like(index).scatter_(0, index, token)
 
 
 def _as_number(size: int | Tensor) -> int:
