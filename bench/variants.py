@@ -37,13 +37,12 @@ class Free:
 
     inner: Pass
 
-    def __call__(self, graph: fx.Graph) -> int:
+    def __call__(self, graph: fx.Graph) -> None:
         """Change the graph in place."""
-        count = self.inner(graph)
+        self.inner(graph)
         functions: dict[Any, Any] = {ops.match: no_match, ops.merge: first_tokens, ops.unmerge: repeat_tokens}
         for node in graph.nodes:
             node.target = functions.get(node.target, node.target)
-        return count
 
 
 def oracle(unet: UNet2DConditionModel, case: Case) -> UNet2DConditionModel:

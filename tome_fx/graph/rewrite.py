@@ -35,15 +35,14 @@ class MatchPass:
     seed: int | None
     once: bool = False
 
-    def __call__(self, graph: fx.Graph) -> int:
-        """Change the graph in place; returns how many blocks were handed a slot map.
+    def __call__(self, graph: fx.Graph) -> None:
+        """Change the graph in place.
 
         Raises:
             TransformError: A block of the stack is not called exactly once.
         """
         count = insert_match(graph, self.stack, sx=self.sx, sy=self.sy, seed=self.seed, once=self.once)
         _require(count, self.stack.blocks, graph)
-        return count
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,14 @@ class MergePass:
     scopes: tuple[Scope, ...]
     weigh: bool = False
 
-    def __call__(self, graph: fx.Graph) -> int:
-        """Change the graph in place; returns how many modules were wrapped.
+    def __call__(self, graph: fx.Graph) -> None:
+        """Change the graph in place.
 
         Raises:
             TransformError: The module of a scope is not called exactly once.
         """
         count = insert_merge(graph, self.scopes, weigh=self.weigh)
         _require(count, tuple(scope.module for scope in self.scopes), graph)
-        return count
 
 
 def insert_match(graph: fx.Graph, stack: Stack, *, sx: int, sy: int, seed: int | None, once: bool = False) -> int:

@@ -28,7 +28,7 @@ from tome_fx.graph.dispatch import compiled, copied, dispatcher, redecorated
 from tome_fx.graph.trace import Structure, kind, trace
 from tome_fx.plan import TransformError
 
-Pass = Callable[[fx.Graph], int]
+Pass = Callable[[fx.Graph], object]
 Check = Callable[..., None]
 
 
@@ -180,7 +180,10 @@ def _rewritten(
             f"could not trace {structure.base.__module__}.{structure.base.__qualname__}.forward for a call of {call}: "
             f"{error}"
         ) from error
-    rewrite(graph)
+    try:
+        rewrite(graph)
+    except TransformError as error:
+        raise TransformError(f"{structure.base.__module__}.{structure.base.__qualname__}: {error}") from error
     graph.lint()
     return graph
 
