@@ -20,7 +20,7 @@ from tome_fx import ops, plan
 from tome_fx.graph import nodes
 from tome_fx.graph.rewrite import MatchPass, insert_match, insert_merge
 from tome_fx.graph.scopes import Scope, Stack
-from tome_fx.graph.trace import Structure
+from tome_fx.graph.structure import Structure
 from tome_fx.graph.trace import trace as trace_call
 from tome_fx.plan import TransformError
 

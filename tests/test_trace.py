@@ -28,7 +28,8 @@ from tome_fx.graph.nodes import call
 from tome_fx.graph.rewrite import insert_merge
 from tome_fx.graph.scopes import Scope
 from tome_fx.graph.specialize import Pass, specialize
-from tome_fx.graph.trace import Structure, kind, trace
+from tome_fx.graph.structure import Structure, kind
+from tome_fx.graph.trace import trace
 from tome_fx.plan import TransformError
 
 TOKENS: Mapping[str, Hashable] = {"x": "3d"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from tome_fx.graph.trace import kind, setting
+from tome_fx.graph.structure import kind, setting
 from tome_fx.plan import TransformError
 
 _dispatchers: set[types.CodeType] = set()

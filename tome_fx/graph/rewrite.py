@@ -5,14 +5,14 @@ blocks that share a grid and as `Scope`s, the modules in a block that see merged
 """
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 from torch import fx
 
 from tome_fx import ops
 from tome_fx.graph import nodes
+from tome_fx.graph.calls import Call, calls_of
 from tome_fx.graph.scopes import Scope, Stack
 from tome_fx.plan import TransformError
 
@@ -95,7 +95,7 @@ def insert_match(graph: fx.Graph, stack: Stack, *, sx: int, sy: int, seed: int |
     Returns:
         How many blocks were given a slot map.
     """
-    calls = list(_calls(graph, stack.blocks))
+    calls = list(calls_of(graph, stack.blocks))
     if not calls:
         return 0
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -144,7 +144,7 @@ def insert_merge(graph: fx.Graph, scopes: Collection[Scope], *, weigh: bool = Fa
         How many modules were wrapped.
     """
     by_name = {scope.module: scope for scope in scopes}
-    calls = list(_calls(graph, by_name))
+    calls = list(calls_of(graph, by_name))
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     with graph.inserting_after(inputs[-1]):
         slots = graph.placeholder("slots", default_value=None)
@@ -165,59 +165,7 @@ def insert_merge(graph: fx.Graph, scopes: Collection[Scope], *, weigh: bool = Fa
     return len(calls)
 
 
-class _Call(NamedTuple):
-    """A call of a named module: itself, or through a function that takes it followed by its arguments.
-
-    `first` is the place of the module's first argument among those of the node: 0, or after the module.
-    """
-
-    node: fx.Node
-    module: str
-    first: int
-
-    def argument(self, name: str) -> fx.Node:
-        """The argument that the module calls `name`, or its first one if that is given by position."""
-        if name in self.node.kwargs:
-            return self.node.kwargs[name]  # type: ignore[return-value]
-        if len(self.node.args) <= self.first:
-            raise TransformError(
-                f"expected the tokens of {self.module} as its first argument or as {name}, found a call with "
-                f"{', '.join(self.node.kwargs) or 'no arguments'}"
-            )
-        return self.node.args[self.first]  # type: ignore[return-value]
-
-    def replace(self, name: str, value: fx.Node) -> None:
-        """Put another value where `argument` finds it."""
-        if name in self.node.kwargs:
-            self.node.update_kwarg(name, value)
-        else:
-            self.node.update_arg(self.first, value)
-
-    def add(self, value: fx.Node, name: str, defaults: tuple[Any, ...] | None) -> None:
-        """Give the module one more argument, the last that it takes by position."""
-        if self.first == 0:
-            self.node.update_kwarg(name, value)
-            return
-        if defaults is None:
-            raise TransformError(
-                f"{self.module} takes any number of arguments by position, and is called through "
-                f"{self.node.target}, which may pass no others: it cannot be handed what to merge"
-            )
-        count = len(self.node.args) - self.first
-        self.node.args = (*self.node.args, *defaults[count:], value)
-
-
-def _calls(graph: fx.Graph, modules: Collection[str]) -> Iterator[_Call]:
-    """Every call of a named module, in order."""
-    for node in list(graph.nodes):
-        if node.op == "call_module" and node.target in modules:
-            yield _Call(node, node.target, 0)
-        for place, argument in enumerate(node.args):
-            if isinstance(argument, fx.Node) and argument.op == "get_attr" and argument.target in modules:
-                yield _Call(node, str(argument.target), place + 1)
-
-
-def _weighed(call: _Call, name: str, weights: fx.Node) -> _Call:
+def _weighed(call: Call, name: str, weights: fx.Node) -> Call:
     """The call as one of `attend`, with the weights in the place of its mask."""
     node = call.node
     mask = node.kwargs.get(name)
@@ -228,7 +176,7 @@ def _weighed(call: _Call, name: str, weights: fx.Node) -> _Call:
             attention = node.graph.call_function(nodes.attend, (module, *node.args), {**node.kwargs, name: value})
             node.replace_all_uses_with(attention)
             node.graph.erase_node(node)
-            return _Call(attention, call.module, 1)
+            return Call(attention, call.module, 1)
     node.update_kwarg(name, value)
     return call
 

@@ -1,8 +1,8 @@
 """A class whose `forward` is generated from the traced and rewritten graph of another class's `forward`.
 
 NOTE [One graph per call signature]
-A forward in Python branches, an fx graph does not (NOTE [What a graph depends on] in trace.py). So there is one graph
-per call signature: the first call of a new kind is traced, and `forward` itself only picks. Nothing is dropped,
+A forward in Python branches, an fx graph does not (NOTE [What a graph depends on] in structure.py). So there is one
+graph per call signature: the first call of a new kind is traced, and `forward` itself only picks. Nothing is dropped,
 nothing is assumed, and no feature of a model needs a case of its own. Under torch.compile the pick happens while dynamo
 traces. A signature is made of what dynamo guards on anyway, and `_method_for` is declared constant, so that a kind of
 call first met while compiling is traced on the spot.
@@ -25,7 +25,8 @@ import torch
 from torch import fx, nn
 
 from tome_fx.graph.dispatch import compiled, copied, dispatcher, redecorated
-from tome_fx.graph.trace import Structure, kind, trace
+from tome_fx.graph.structure import Structure, kind
+from tome_fx.graph.trace import trace
 from tome_fx.plan import TransformError
 
 Pass = Callable[[fx.Graph], object]

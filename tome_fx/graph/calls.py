@@ -1,0 +1,60 @@
+"""Where a graph calls a named module, and with what."""
+
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from tome_fx.plan import TransformError
+
+
+class Call(NamedTuple):
+    """A call of a named module: itself, or through a function that takes it followed by its arguments.
+
+    `first` is the place of the module's first argument among those of the node: 0, or after the module.
+    """
+
+    node: fx.Node
+    module: str
+    first: int
+
+    def argument(self, name: str) -> fx.Node:
+        """The argument that the module calls `name`, or its first one if that is given by position."""
+        if name in self.node.kwargs:
+            return self.node.kwargs[name]  # type: ignore[return-value]
+        if len(self.node.args) <= self.first:
+            raise TransformError(
+                f"expected the tokens of {self.module} as its first argument or as {name}, found a call with "
+                f"{', '.join(self.node.kwargs) or 'no arguments'}"
+            )
+        return self.node.args[self.first]  # type: ignore[return-value]
+
+    def replace(self, name: str, value: fx.Node) -> None:
+        """Put another value where `argument` finds it."""
+        if name in self.node.kwargs:
+            self.node.update_kwarg(name, value)
+        else:
+            self.node.update_arg(self.first, value)
+
+    def add(self, value: fx.Node, name: str, defaults: tuple[Any, ...] | None) -> None:
+        """Give the module one more argument, the last that it takes by position."""
+        if self.first == 0:
+            self.node.update_kwarg(name, value)
+            return
+        if defaults is None:
+            raise TransformError(
+                f"{self.module} takes any number of arguments by position, and is called through "
+                f"{self.node.target}, which may pass no others: it cannot be handed what to merge"
+            )
+        count = len(self.node.args) - self.first
+        self.node.args = (*self.node.args, *defaults[count:], value)
+
+
+def calls_of(graph: fx.Graph, modules: Collection[str]) -> Iterator[Call]:
+    """Every call of a named module, in order."""
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.target in modules:
+            yield Call(node, node.target, 0)
+        for place, argument in enumerate(node.args):
+            if isinstance(argument, fx.Node) and argument.op == "get_attr" and argument.target in modules:
+                yield Call(node, str(argument.target), place + 1)

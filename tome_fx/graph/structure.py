@@ -1,0 +1,113 @@
+"""What the graph of a forward depends on, and what modules must have in common to share their graphs.
+
+NOTE [What a graph depends on]
+A forward in Python branches: on which optional inputs are given, on the keys of a dict, on a flag or a number of its
+module. A graph does not. So a graph is traced for one kind of call: the `kind` of each argument and the `setting` of
+each plain attribute at that moment. All else is looked up on the module when the graph runs: weights, children, and
+attributes that are floats, objects or functions. What modules must have in common to share their graphs is their
+`Structure`.
+"""
+
+import inspect
+import json
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from inspect import Parameter
+from typing import Any
+
+import torch
+from torch import nn
+
+# Not float: dynamo may make one symbolic, which no choice of a graph can hang on. It is looked up.
+PLAIN = (bool, int, str, type(None))
+
+
+def kind(value: Any) -> Hashable:
+    """What a graph depends on in an argument: None and bools whole, the keys of a dict, the rank of a tensor."""
+    if value is None or value is True or value is False:
+        return value
+    if isinstance(value, dict):
+        return tuple([(name, kind(item)) for name, item in value.items()])
+    return f"{value.ndim}d" if isinstance(value, torch.Tensor) else "opaque"
+
+
+def setting(value: Any) -> Hashable:
+    """What a graph depends on in an attribute: its value if that is plain, or `...` for what is looked up."""
+    return value if isinstance(value, PLAIN) else ...
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What modules have in common whose graphs are shared, and no weight of theirs. Equal structures hash alike.
+
+    Args:
+        base: The class whose forward is traced.
+        calls: Names of functions to call from the graph, not to trace into: globals of the module of `base.forward`.
+        plain: Names of attributes that are None, a bool, an int or a string; their values belong to each kind of call.
+        data: Names of lists and dicts of plain values, such as a config, each with itself as JSON. They are taken for
+            constants.
+        objects: Names of attributes that are anything else, looked up when a graph runs.
+        tensors: Names of parameters and buffers.
+        children: Names of child modules, each with the length of a `ModuleList` or None for any other.
+        absent: Names of tensors and children that are None.
+        constants: The lists and dicts themselves.
+    """
+
+    base: type[nn.Module]
+    calls: tuple[str, ...]
+    plain: tuple[str, ...]
+    data: tuple[tuple[str, str], ...]
+    objects: tuple[str, ...]
+    tensors: tuple[str, ...]
+    children: tuple[tuple[str, int | None], ...]
+    absent: tuple[str, ...]
+    constants: dict[str, Any] = field(compare=False)
+
+    @classmethod
+    def of(cls, module: nn.Module, base: type[nn.Module], calls: tuple[str, ...] = ()) -> "Structure":
+        """The structure of a module of the class `base`, or of one derived from it with another forward."""
+        internals = vars(nn.Module()).keys() - {"training"}
+        attributes = {name: value for name, value in vars(module).items() if name not in (*internals, "forward")}
+        plain = [name for name, value in attributes.items() if isinstance(value, PLAIN)]
+        data = {name: text for name, value in attributes.items() if name not in plain and (text := _as_json(value))}
+        tensors = (*module._parameters.items(), *module._buffers.items())
+        children = module._modules.items()
+        return cls(
+            base=base,
+            calls=calls,
+            plain=tuple(plain),
+            data=tuple(data.items()),
+            objects=tuple(name for name in attributes if name not in plain and name not in data),
+            tensors=tuple(name for name, tensor in tensors if tensor is not None),
+            children=tuple(
+                (name, len(child) if isinstance(child, nn.ModuleList) else None)
+                for name, child in children
+                if child is not None
+            ),
+            absent=tuple(name for name, value in (*tensors, *children) if value is None),
+            constants={name: attributes[name] for name in data},
+        )
+
+    @property
+    def function(self) -> Any:
+        """The forward itself, out of its decorators."""
+        return inspect.unwrap(self.base.forward)
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The parameters of forward, without self."""
+        return tuple(inspect.signature(self.function).parameters.values())[1:]
+
+    def settings(self, module: nn.Module) -> tuple[Hashable, ...]:
+        """The `setting` of each of the module's plain attributes now."""
+        return tuple(setting(getattr(module, name)) for name in self.plain)
+
+
+def _as_json(value: Any) -> str | None:
+    """A list or a dict as text, or None where it is neither or holds more than plain values."""
+    if not isinstance(value, (list, tuple, dict)):
+        return None
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError):  # the latter two of one that holds itself
+        return None
