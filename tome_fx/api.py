@@ -26,6 +26,7 @@ from torch import nn
 from tome_fx import ops
 from tome_fx.families.refusals import name_of
 from tome_fx.families.unet import MODELS, Model, merged_sites, placed_by_users, rewritten_classes, share
+from tome_fx.graph.dispatch import within
 from tome_fx.graph.specialize import original, with_own_code
 from tome_fx.plan import MERGING, Plan, TransformError
 
@@ -193,8 +194,10 @@ def compiled_parts(model: nn.Module) -> list[nn.Module]:
 
     A hook wrapped around a compiled forward, as offloading does it, leaves it compiled.
     """
-    forward = vars(model).get("forward")
-    by_forward = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
+    by_forward = any(
+        hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
+        for forward in within(vars(model).get("forward"))
+    )
     if by_forward or hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         return [model]
     return list(dict.fromkeys(part for child in model.children() for part in compiled_parts(child)))
@@ -232,8 +235,8 @@ def _check_model(model: nn.Module) -> None:
         forward = vars(module).get("forward")
         if forward is None or getattr(forward, "__func__", None) is type(module).forward:
             continue
-        inner: Any = inspect.unwrap(forward)
-        if getattr(inner, "__func__", inner) is inspect.unwrap(type(module).forward):
+        own: Any = type(module).forward
+        if any(inner is inspect.unwrap(own) for inner in within(forward)):
             raise TransformError(
                 f"forward of {_where(model, module)} is replaced on the instance, as offloading hooks do: transform "
                 "the model first, then enable them on the result"

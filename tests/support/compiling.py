@@ -4,12 +4,18 @@ from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
+from torch.torch_version import TorchVersion
 
 from tome_fx.families.unet import find_sites
 from tome_fx.plan import Plan
 
 RATIOS = [round(0.06 * i, 2) for i in range(12)]  # more than dynamo would recompile one code object for, 0 among them
 EVERYTHING: dict[str, Any] = {"max_downsample": 8, "merge_crossattn": True, "merge_mlp": True, "prop_attn": True}
+
+
+def raised_while_compiling(text: str) -> str:
+    """What an error matches that is raised in code being traced: before torch 2.12 dynamo leaves out its words."""
+    return text if TorchVersion(torch.__version__) >= "2.12" else "Observed exception"
 
 
 def whole(model: Any, counter: Any, **options: Any) -> Any:

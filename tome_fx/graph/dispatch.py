@@ -1,6 +1,6 @@
 """Functions made of functions: the forward that picks a graph's method, and copies with another code or closure."""
 
-import inspect
+import functools
 import linecache
 import types
 from collections.abc import Callable
@@ -8,10 +8,12 @@ from hashlib import sha256
 from inspect import Parameter
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from tome_fx.graph.structure import kind, setting
 from tome_fx.plan import TransformError
+
+FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 _dispatchers: set[types.CodeType] = set()
 
@@ -97,13 +99,29 @@ def compiled(source: str, names: dict[str, Any], title: str) -> types.FunctionTy
 
 
 def is_generated(function: Any) -> bool:
-    """Whether a module's forward is one of ours, within what has been wrapped around it, or one that refers to it."""
-    function = inspect.unwrap(function)
-    function = getattr(function, "__func__", function)
-    if getattr(function, "__code__", None) in _dispatchers:
-        return True
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
-    return any(is_generated(inner) for inner in cells if isinstance(inner, (types.MethodType, types.FunctionType)))
+    """Whether a module's forward is one of ours, or goes on to one; see `within`."""
+    return any(getattr(inner, "__code__", None) in _dispatchers for inner in within(function))
+
+
+def within(function: Any) -> list[Any]:
+    """The function and those that it goes on to, as far as can be seen.
+
+    Decorators say what they wrap, and what does not refers to it in its closure: by itself, or as diffusers' hooks did
+    until version 0.36, by an object that holds it as its `forward`.
+    """
+    found: list[Any] = []
+    pending = [function]
+    while pending:
+        inner = pending.pop()
+        inner = getattr(inner, "__func__", inner)
+        if any(inner is known for known in found):
+            continue
+        found.append(inner)
+        cells = [cell.cell_contents for cell in getattr(inner, "__closure__", None) or () if _is_filled(cell)]
+        held = [getattr(cell, "forward", None) for cell in cells if not isinstance(cell, nn.Module)]
+        others = [getattr(inner, "__wrapped__", None), getattr(inner, "func", None), *cells, *held]
+        pending += [other for other in others if isinstance(other, FUNCTIONS)]
+    return found
 
 
 def _is_filled(cell: types.CellType) -> bool:
