@@ -107,7 +107,7 @@ def within(function: Any) -> list[Any]:
     """The function and those that it goes on to, as far as can be seen.
 
     Decorators say what they wrap, and what does not refers to it in its closure: by itself, or as diffusers' hooks did
-    until version 0.36, by an object that holds it as its `forward`.
+    until version 0.36, by an object that holds it as its `forward` or `original_forward`.
     """
     found: list[Any] = []
     pending = [function]
@@ -118,7 +118,8 @@ def within(function: Any) -> list[Any]:
             continue
         found.append(inner)
         cells = [cell.cell_contents for cell in getattr(inner, "__closure__", None) or () if _is_filled(cell)]
-        held = [getattr(cell, "forward", None) for cell in cells if not isinstance(cell, nn.Module)]
+        objects = [cell for cell in cells if not isinstance(cell, nn.Module)]
+        held = [getattr(cell, name, None) for cell in objects for name in ("forward", "original_forward")]
         others = [getattr(inner, "__wrapped__", None), getattr(inner, "func", None), *cells, *held]
         pending += [other for other in others if isinstance(other, FUNCTIONS)]
     return found
