@@ -46,7 +46,7 @@ class Free:
 
 
 def oracle(unet: UNet2DConditionModel, case: Case) -> UNet2DConditionModel:
-    """The floor: our graph with free matching and merging. All of bench that reaches into the library."""
+    """The lower bound: our graph with free matching and merging. The variant that reaches into generated classes."""
     result = merged(unet, case)
     for module in result.modules():
         cls: Any = type(module)

@@ -228,7 +228,10 @@ def derived(block: Any) -> None:
 def test_a_block_whose_forward_was_replaced_after_the_transform_is_told_of(change: Callable[[Any], None]) -> None:
     model = transform(two_stages(), 0.5)
     change(next(iter(blocks(model).values())))
-    with pytest.raises(TransformError, match=r"forward of transformer_blocks\.0 is replaced by .*test_field\..* since"):
+    with pytest.raises(
+        TransformError,
+        match=r"forward of transformer_blocks\.0 in a Transformer2DModel is replaced by .*test_field\..* since",
+    ):
         output(model, inputs(model, 16, 16))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from tome_fx import ops, plan
 from tome_fx.graph import nodes
-from tome_fx.graph.rewrite import MatchPass, insert_match, insert_merge
+from tome_fx.graph.rewrite import MatchPass, MergePass, insert_match, insert_merge
 from tome_fx.graph.scopes import Scope, Stack
 from tome_fx.graph.structure import Structure
 from tome_fx.graph.trace import trace as trace_call
@@ -375,6 +375,16 @@ def test_a_block_called_through_a_function_without_keywords_is_handed_its_slot_m
     x = image.flatten(2).mT
     expected = outer.first(x, slots=matched(x, 4, 5, 7))
     torch.testing.assert_close(fx.GraphModule(outer, graph)(image, image), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_pass_asks_for_one_call_of_each_module() -> None:
+    for modules in (("attn",), ("attn", "ff"), ("absent",)):
+        with pytest.raises(
+            TransformError, match=f"expected one call each of {', '.join(modules)}, found calls of attn"
+        ):
+            MergePass(tuple(scopes(*modules)))(by_template(Repeated()))
+    with pytest.raises(TransformError, match="expected one call each of first, absent, found calls of"):
+        MatchPass(stack("first", "absent"), **MATCH)(by_template(Outer()))
 
 
 # What calls of blocks and of modules in them may look like.

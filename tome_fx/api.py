@@ -6,12 +6,13 @@ model is of a class derived from its own, which bears its name and whose forward
 belongs to the plan: each ratio has the limit to itself, and models of the same plan share what is compiled. The code
 does nothing that the original's does not, and the class is equal to the original. It is the class that has it, not the
 instance: a forward bound to one model would be that model's in every shallow copy of it, such as the replicas of
-`nn.DataParallel`, and would keep the model alive in a circle.
+`nn.DataParallel`, and would keep the model alive in a
+reference cycle.
 
 NOTE [One ratio]
 The ratio is one attribute of one object, which the modules that match tokens share and read when they run. So a change
 of it is one assignment, and no module can be left behind. A thread that is compiling reads it more than once, so
-nothing is changed while one does.
+nothing is changed while one does. The class, which is changed after it, only says whose compile limit is used.
 """
 
 import contextlib
@@ -132,7 +133,7 @@ def set_ratio(model: nn.Module, ratio: float) -> None:
     Raises:
         TypeError: `ratio` is not a number, or `model` of a kind that cannot be transformed.
         ValueError: `ratio` is out of range. The model is left as it was.
-        TransformError: The model is not transformed.
+        TransformError: The model is not transformed, or its class was derived anew since, as `fully_shard` does.
     """
     model, merging = transformed(model)
     plan = replace(merging.plan, ratio=ratio)

@@ -1,1 +1,4 @@
-"""What is known of diffusers' models, a file for each kind; the only files that import diffusers' models."""
+"""What is known of diffusers: the models in `unet`, and for all of them `inputs`, `refusals`, `maps` and `skeleton`.
+
+The only files that import diffusers.
+"""

@@ -92,12 +92,11 @@ class CheckStack:
         for path in self.blocks:
             block = module.get_submodule(path)
             if not any(is_generated(part.forward) for part in block.modules()):  # it may be wrapped in another module
-                raise TransformError(
-                    f"forward of {path} is replaced by {name_of(block.forward)} since the transform: {ADVICE}"
-                )
+                found = f"forward of {path} in a {type(module).__name__} is replaced by {name_of(block.forward)}"
+                raise TransformError(f"{found} since the transform: {NOTHING_MERGED}")
 
 
-ADVICE = (
+NOTHING_MERGED = (
     "nothing would be merged there. Take the other forward back (tomesd.remove_patch takes back tomesd's), or leave "
     "this model untransformed"
 )

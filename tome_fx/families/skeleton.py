@@ -1,4 +1,4 @@
-"""A copy of a model that is run for its shapes alone: without values, and without what users hang on to a call.
+"""A copy of a model that only shapes go through: without values, hooks and what else is put around its modules.
 
 NOTE [What of a model is counted]
 What a forward costs is a matter of its layers and their shapes. Where weights are kept (offloading, sharding), in
@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # What accelerate, diffusers and torch.compile keep on a module that they have put something around.
 AROUND = ("_hf_hook", "_old_forward", "_diffusers_hook", "_compiled_call_impl")
 QUANTIZED = (nn.Linear, nn.Conv2d)  # what quantization has classes of its own for
-PLAIN = {"training": False, "gradient_checkpointing": False, "_chunk_size": None}  # of any module that has them
+SWITCHED_OFF = {"training": False, "gradient_checkpointing": False, "_chunk_size": None}  # of any module that has them
 
 
 def skeleton(model: Model) -> Model:
@@ -54,7 +54,7 @@ def _module(module: nn.Module, known: dict[int, Any]) -> nn.Module:
         method = callable(value) and callable(getattr(cls, name, None))  # stands in for the class's, on this instance
         if name not in vars(result) and name not in AROUND and not method:
             vars(result)[name] = _value(value, known)
-    vars(result).update({name: value for name, value in PLAIN.items() if name in vars(result)})
+    vars(result).update({name: value for name, value in SWITCHED_OFF.items() if name in vars(result)})
 
     for name, parameter in module._parameters.items():
         empty = None if parameter is None else _empty(parameter)

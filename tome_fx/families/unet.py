@@ -224,7 +224,7 @@ def _refuse_weights_for_the_prompt(model: nn.Module) -> None:
         if getattr(model.get_submodule(site.path), "only_cross_attention", False):
             raise TransformError(
                 f"attn1 of {site.path} attends to the prompt in a block of only_cross_attention, whose tokens are not "
-                "merged: prop_attn=True has none to weigh there. Transform with prop_attn=False"
+                "merged: prop_attn=True has no merged tokens to weigh there. Transform with prop_attn=False"
             )
 
 

@@ -106,8 +106,9 @@ def is_generated(function: Any) -> bool:
 def within(function: Any) -> list[Any]:
     """The function and those that it goes on to, as far as can be seen.
 
-    Decorators say what they wrap, and what does not refers to it in its closure: by itself, or as diffusers' hooks did
-    until version 0.36, by an object that holds it as its `forward` or `original_forward`.
+    Decorators say what they wrap, and what does not refers to it in its closure: by itself, or as diffusers' hooks do
+    in the oldest version supported, by an object that holds it as its `forward` or `original_forward`. That case can go
+    when no supported version needs it.
     """
     found: list[Any] = []
     pending = [function]

@@ -1,4 +1,4 @@
-"""The two passes: graph in, the same graph with match, merge and unmerge nodes, and the number of calls changed.
+"""The two passes: each changes a graph in place, putting in match, merge and unmerge nodes.
 
 Nothing here knows diffusers. A graph is a `torch.fx.Graph`; what to act on is described by the caller, as a `Stack` of
 blocks that share a grid and as `Scope`s, the modules in a block that see merged tokens.
@@ -41,8 +41,8 @@ class MatchPass:
         Raises:
             TransformError: A block of the stack is not called exactly once.
         """
-        count = insert_match(graph, self.stack, sx=self.sx, sy=self.sy, seed=self.seed, once=self.once)
-        _require(count, self.stack.blocks, graph)
+        _require_one_call_each(graph, self.stack.blocks)
+        insert_match(graph, self.stack, sx=self.sx, sy=self.sy, seed=self.seed, once=self.once)
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class MergePass:
         Raises:
             TransformError: The module of a scope is not called exactly once.
         """
-        count = insert_merge(graph, self.scopes, weigh=self.weigh)
-        _require(count, tuple(scope.module for scope in self.scopes), graph)
+        _require_one_call_each(graph, tuple(scope.module for scope in self.scopes))
+        insert_merge(graph, self.scopes, weigh=self.weigh)
 
 
 def insert_match(graph: fx.Graph, stack: Stack, *, sx: int, sy: int, seed: int | None, once: bool = False) -> int:
@@ -99,7 +99,9 @@ def insert_match(graph: fx.Graph, stack: Stack, *, sx: int, sy: int, seed: int |
     if not calls:
         return 0
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    image = next(node for node in inputs if node.target == stack.image)
+    image = next((node for node in inputs if node.target == stack.image), None)
+    if image is None:
+        raise TransformError(f"expected an input {stack.image}, found {', '.join(str(node.target) for node in inputs)}")
     with graph.inserting_before(inputs[-1].next):
         grid = graph.call_function(stack.grid, (image,))
         height, width = (graph.call_function(operator.getitem, (grid, side)) for side in (0, 1))
@@ -193,8 +195,8 @@ def _unmerge(node: fx.Node, result: int | None, slots: fx.Node) -> None:
         restored.update_arg(0, merged)  # its own input, which has been replaced as well
 
 
-def _require(count: int, modules: tuple[str, ...], graph: fx.Graph) -> None:
-    """Every module asked for must have been found: a merge that is left out silently is an option that does nothing."""
-    if count != len(modules):
+def _require_one_call_each(graph: fx.Graph, modules: tuple[str, ...]) -> None:
+    """Every module asked for must be there: a merge that is left out silently is an option that does nothing."""
+    if sorted(call.module for call in calls_of(graph, modules)) != sorted(modules):
         called = sorted(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
         raise TransformError(f"expected one call each of {', '.join(modules)}, found calls of {', '.join(called)}")

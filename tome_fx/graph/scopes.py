@@ -37,7 +37,7 @@ class Scope:
         result: Place of the tokens in the tuple that it returns; None where it returns them alone.
         weights: Name of the argument that takes the logarithms of the slots' sizes `[B, 1, K]`, to be added to the
             scores of the keys; None where there is none.
-        per_token: Names of arguments with an entry for each token, which merged tokens cannot have.
+        per_token: Names of arguments, given by keyword, with an entry for each token, which merged tokens cannot have.
         option: The option that merges around this module, for messages.
     """
 

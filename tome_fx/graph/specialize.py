@@ -3,9 +3,10 @@
 NOTE [One graph per call signature]
 A forward in Python branches, an fx graph does not (NOTE [What a graph depends on] in structure.py). So there is one
 graph per call signature: the first call of a new kind is traced, and `forward` itself only picks. Nothing is dropped,
-nothing is assumed, and no feature of a model needs a case of its own. Under torch.compile the pick happens while dynamo
-traces. A signature is made of what dynamo guards on anyway, and `_method_for` is declared constant, so that a kind of
-call first met while compiling is traced on the spot.
+and all that is assumed is that what a forward computes has three dimensions, as tokens have. No feature of a model
+needs a case of its own. Under torch.compile the pick happens while dynamo traces. A signature is made of what dynamo
+guards on anyway, and `_method_for` is declared constant, so that a kind of call first met while compiling is traced on
+the spot.
 
 NOTE [One class per structure]
 Dynamo keeps compiled code per code object. Modules of one `Structure` share a class and so their code; modules
@@ -29,7 +30,7 @@ from tome_fx.graph.structure import Structure, kind
 from tome_fx.graph.trace import trace
 from tome_fx.plan import TransformError
 
-Pass = Callable[[fx.Graph], object]
+Pass = Callable[[fx.Graph], object]  # what it returns is not looked at
 Check = Callable[..., None]
 
 
@@ -147,7 +148,7 @@ def original(cls: type[nn.Module]) -> type[nn.Module]:
     if "original" not in vars(cls):
         raise TransformError(
             f"{cls.__name__} was derived from the class of a transformed module, as fully_shard does: what is merged "
-            "can be changed before that only"
+            "can be changed before that only. Call transform or set_ratio first"
         )
     return cls.original  # type: ignore[no-any-return, attr-defined]
 

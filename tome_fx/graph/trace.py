@@ -56,7 +56,7 @@ def trace(structure: Structure, kinds: tuple[Hashable, ...], settings: tuple[Has
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that is taken apart like fx's own, but leaves no circle of frames, which would keep callers' models."""
+    """A proxy that is taken apart like fx's own, but leaves no cycle of frames, which would keep callers' models."""
 
     def __getattr__(self, name: str) -> "_Attribute":
         return _Attribute(self, name)
@@ -76,7 +76,7 @@ class _Attribute(_Proxy, fx.proxy.Attribute):
 
 
 class _Ranked(_Proxy):
-    """A proxy that knows its rank: that of image tokens `[B, N, C]`, and of what is computed from them, if not told."""
+    """A proxy that knows its rank. An input's comes from its kind; what is computed is taken for tokens `[B, N, C]`."""
 
     ndim = 3
 

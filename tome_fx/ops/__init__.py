@@ -1,5 +1,6 @@
-"""The operations of token merging on tensors: `match` finds a slot map, `merge` and `unmerge` apply it, `log_sizes`
-weighs it.
+"""The operations of token merging on tensors.
+
+`match` finds a slot map, `merge` and `unmerge` apply it, `log_sizes` gives the weights of its slots for attention.
 
 All shapes follow from the arguments' shapes and from Python numbers, never from data, so that one graph serves
 every input. Nothing draws random numbers.

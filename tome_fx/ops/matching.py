@@ -117,7 +117,8 @@ def match(
         return None
 
     # Inductor must know that a symbolic K is not 0, to sort the strides of what a backward pass needs. max(1, K) is no
-    # form that it can tell that of. Before torch 2.12 dynamo does not fold a sym_max of plain numbers.
+    # form that it can tell that of. Before torch 2.12 dynamo does not fold a sym_max of plain numbers: max
+    # can go when the floor is there.
     kept = 1 + (max(0, kept - 1) if isinstance(kept, int) else torch.sym_max(0, kept - 1))
 
     order = destinations_first(height, width, sx, sy, seed, tokens.device)

@@ -74,7 +74,7 @@ class Report:
 def explain(model: nn.Module, height: int, width: int) -> Report:
     """Count what merging saves at a latent size, without running anything: shapes alone go through a copy of the model.
 
-    Counted are the layers, a LoRA's among them, and attention. What they are run with costs the same and is not
+    Counted are the layers, a LoRA's among them, and attention. What surrounds the layers changes no count and is not
     called: hooks, attention processors, offloading, sharding, casting, quantization, checkpointing, compiled code.
     Not counted is what a processor does besides attention: the image prompt of an IP-Adapter, the perturbed images of
     PAG. Of a clip one frame is counted, with a time step, a prompt of 77 tokens and what else the config asks for.
