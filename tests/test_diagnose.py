@@ -38,6 +38,7 @@ def quick(model: Any, **options: Any) -> Any:
     return torch.compile(model, backend=CompileCounterWithBackend("eager"), **options)
 
 
+@pytest.mark.slow
 def test_a_sound_model_is_said_to_be_one_and_what_inductor_leaves_to_aten_is_counted() -> None:
     model = transform(one_block(), ratio=0.5, merge_mlp=True)
     arguments = inputs(model, 16, 16)

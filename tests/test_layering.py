@@ -153,5 +153,6 @@ def test_importing_adds_no_module_that_the_dependencies_do_not_bring_and_changes
     assert found["changed"] == []
 
 
+@pytest.mark.slow
 def test_the_probe_sees_a_changed_setting() -> None:
     assert probe("--break")["changed"] == ["dynamo"]
