@@ -419,7 +419,7 @@ def test_a_checkpointing_function_of_the_users_is_given_the_block_itself(build: 
 
     models = [copy.deepcopy(build()), transform(copy.deepcopy(build()), 0.5)]
     for model in models:
-        model.train()
+        model.train().requires_grad_(True)  # a LoRA in another test may have frozen what builders share
         model.enable_gradient_checkpointing(selective)
         seen.clear()
         model(**inputs(model, 16, 16)).sample.sum().backward()
