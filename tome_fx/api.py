@@ -224,8 +224,8 @@ def _check_model(model: nn.Module) -> None:
         raise TransformError(
             "model is transformed already: change its ratio with tome_fx.set_ratio, or transform the original instead"
         )
-    for module in compiled_parts(model):
-        where = _where(model, module)
+    if parts := compiled_parts(model):
+        where = _where(model, parts[0])
         raise TransformError(f"model is compiled already, at {where}: transform it first, then compile the result")
     for module in model.modules():
         if type(module).__module__.partition(".")[0] == "tomesd":

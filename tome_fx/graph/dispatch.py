@@ -3,7 +3,7 @@
 import functools
 import linecache
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from inspect import Parameter
 from typing import Any
@@ -103,8 +103,8 @@ def is_generated(function: Any) -> bool:
     return any(getattr(inner, "__code__", None) in _dispatchers for inner in within(function))
 
 
-def within(function: Any) -> list[Any]:
-    """The function and those that it goes on to, as far as can be seen.
+def within(function: Any) -> Iterator[Any]:
+    """The function and those that it goes on to, as far as can be seen; one at a time, for as a rule the first will do.
 
     Decorators say what they wrap, and what does not refers to it in its closure: by itself, or as diffusers' hooks do
     in the oldest version supported, by an object that holds it as its `forward` or `original_forward`. That case can go
@@ -118,12 +118,12 @@ def within(function: Any) -> list[Any]:
         if any(inner is known for known in found):
             continue
         found.append(inner)
+        yield inner
         cells = [cell.cell_contents for cell in getattr(inner, "__closure__", None) or () if _is_filled(cell)]
         objects = [cell for cell in cells if not isinstance(cell, nn.Module)]
         held = [getattr(cell, name, None) for cell in objects for name in ("forward", "original_forward")]
         others = [getattr(inner, "__wrapped__", None), getattr(inner, "func", None), *cells, *held]
         pending += [other for other in others if isinstance(other, FUNCTIONS)]
-    return found
 
 
 def _is_filled(cell: types.CellType) -> bool:
