@@ -6,13 +6,12 @@ All shapes follow from the arguments' shapes and from Python numbers, never from
 every input. Nothing draws random numbers.
 """
 
-from tome_fx.ops.matching import SlotMap, as_read, destinations_first, grid_of, kept, match, ratio_of
+from tome_fx.ops.matching import SlotMap, as_read, grid_of, kept, match, ratio_of
 from tome_fx.ops.merging import log_sizes, merge, unmerge
 
 __all__ = [
     "SlotMap",
     "as_read",
-    "destinations_first",
     "grid_of",
     "kept",
     "log_sizes",

@@ -21,12 +21,14 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from tome_fx import plan
+from tome_fx.ops.tiling import Tiles, tiles
 
+SCORES = 2**26  # bytes of float32 similarities that an image may have at a time where all are compared with all
 LENGTH_AT_ZERO = 2  # of a dynamic ratio: see NOTE [A ratio as graphs read it]
 
 
 class SlotMap(NamedTuple):
-    """The whole plan of a merge of N tokens to K. All tensors are int64.
+    """The whole plan of a merge of N tokens to K. All tensors are int32.
 
     Args:
         slot: `[B, N]`, each token's place in the merged sequence, in `[0, K)`. Destinations come first, in the order
@@ -82,12 +84,21 @@ def ratio_of(ratio: str | Tensor) -> float:
 
 
 def match(
-    tokens: Tensor, height: int, width: int, *, kept: int | None, sx: int, sy: int, seed: int | None
+    tokens: Tensor,
+    height: int,
+    width: int,
+    *,
+    kept: int | None,
+    sx: int,
+    sy: int,
+    seed: int | None,
+    tile: int | None = None,
 ) -> SlotMap | None:
     """Plan a merge: which tokens join which destination, by cosine similarity.
 
     Every whole `sy x sx` cell of the grid gives one destination, all other tokens are sources. The `N - kept` sources
-    most similar to any destination join that destination.
+    most similar to any destination join that destination. With tiles, each tile merges its share of them within itself:
+    see NOTE [Tiles] in tiling.py.
 
     Args:
         tokens: Image tokens, `[B, N, C]` with `N = height * width`, in row-major order. Not differentiated.
@@ -97,6 +108,7 @@ def match(
         sx: Width of a cell, in tokens.
         sy: Height of a cell, in tokens.
         seed: Chooses the destination in each cell, pseudo-randomly; None takes the top left of every cell.
+        tile: Side of the tiles, in tokens, at least `sx` and `sy`; None searches and ranks over the whole grid.
 
     Returns:
         The slot map, or None where `kept` is and on a grid smaller than a cell.
@@ -106,14 +118,12 @@ def match(
 
     Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion" (2023), section 4.
     """
-    batch = tokens.shape[0]
+    batch, count = tokens.shape[0], height * width
     if kept is None:
         return None
     if batch == 0:
         raise ValueError("the batch must hold at least 1 image, got 0: there are no tokens to match")
-    count = height * width
-    cells = (height // sy) * (width // sx)
-    if cells == 0:
+    if (height // sy) * (width // sx) == 0:
         return None
 
     # Inductor must know that a symbolic K is not 0, to sort the strides of what a backward pass needs. max(1, K) is no
@@ -121,46 +131,57 @@ def match(
     # can go when the floor is there.
     kept = 1 + (max(0, kept - 1) if isinstance(kept, int) else torch.sym_max(0, kept - 1))
 
-    order = destinations_first(height, width, sx, sy, seed, tokens.device)
-    unit = _unit(tokens.detach())
-    similarity = unit[:, order[cells:]] @ unit[:, order[:cells]].mT  # [B, sources, cells]
-    best, nearest = similarity.max(dim=-1)
+    grid = tiles(height, width, sx, sy, tile, seed, tokens.device)
+    best, nearest = _search(tokens.detach(), grid, in_parts=tile is None)
 
-    # Ranking rather than comparing with a threshold merges exactly `removed` tokens, whatever ties or NaNs there are.
-    removed = count - kept
-    ranked = best.argsort(dim=1, descending=True, stable=True)
-    rank = torch.arange(count - cells, device=tokens.device)
-    source_slot = torch.where(rank < removed, nearest.gather(1, ranked), cells + rank - removed)
+    # Ranking rather than comparing with a threshold merges exactly N - K tokens, whatever ties or NaNs there are.
+    first, following = (c - c * (count - kept) // count for c in (grid.before, grid.before + grid.tokens))
+    merged = grid.tokens - (following - first)  # of each tile; see NOTE [How many merge in each tile]
+    place = torch.arange(nearest.shape[2], device=tokens.device)
+    is_source = place < grid.tokens - grid.cells
+    ranked = best.where(is_source, -torch.inf).argsort(dim=2, descending=True, stable=True)
+    nearest = (nearest * (nearest < grid.cells)).gather(2, ranked)
+    joined = torch.where(place < merged, nearest, grid.cells + place - merged) * is_source
 
-    cell = torch.arange(cells, device=tokens.device).expand(batch, cells)
-    token = torch.cat([order[:cells].expand(batch, cells), order[cells:][ranked]], dim=1)
-    slot = torch.empty_like(token).scatter_(1, token, torch.cat([cell, source_slot], dim=1))
+    # Of every tile the destinations, then the sources by rank: token, and slot in the tile.
+    cell = torch.arange(grid.destination.shape[1], device=tokens.device)
+    is_cell = cell < grid.cells
+    token = torch.cat([grid.destination.expand(batch, -1, -1), grid.source.expand_as(ranked).gather(2, ranked)], dim=2)
+    slot = torch.cat([(cell * is_cell).expand(batch, -1, -1), joined], dim=2)
+    slots = _written(slot + first, token, count)
 
-    in_order, token = slot.sort(dim=1, stable=True)
-    start = torch.searchsorted(in_order, torch.arange(kept, device=slot.device).repeat(batch, 1))
-    row = count * torch.arange(batch, device=slot.device)[:, None]
-    return SlotMap(slot, token + row, start + row)
+    # And by slot; places without a token come last.
+    place = torch.arange(slot.shape[2], device=tokens.device)
+    in_order, by_slot = torch.where(torch.cat([is_cell, is_source], dim=1), slot, place.shape[0]).sort(dim=2, stable=True)
+    row = count * torch.arange(batch, device=tokens.device)[:, None, None]
+    is_token = place < grid.tokens
+    order = _written(token.gather(2, by_slot) + row, grid.before + place * is_token, count)
+    begins = is_token & (in_order != in_order.roll(1, dims=2))
+    start = _written(grid.before + place * begins + row, first + in_order * begins, kept)
+    return SlotMap(slots, order, start)
 
 
-def destinations_first(height: int, width: int, sx: int, sy: int, seed: int | None, device: torch.device) -> Tensor:
-    """All tokens of the grid, destinations before sources: a pure function of the grid and the seed.
+def _search(tokens: Tensor, grid: Tiles, *, in_parts: bool) -> tuple[Tensor, Tensor]:
+    """How similar each source is to the destination most similar to it, and the place of that one: both `[B, T, S]`."""
+    batch, (number, places) = tokens.shape[0], grid.source.shape
+    unit = _unit(tokens[:, torch.cat([grid.destination, grid.source], dim=1).flatten()])
+    unit = unit.view(batch, number, -1, unit.shape[-1])
+    sources, destinations = unit[:, :, -places:], unit[:, :, :-places].mT
+    parts = 1
+    if in_parts:
+        parts += number * places * destinations.shape[-1] * 4 // SCORES
+    found = [(part @ destinations).max(dim=-1) for part in sources.chunk(parts, dim=2)]
+    best, nearest = zip(*found, strict=True)
+    return torch.cat(best, dim=2), torch.cat(nearest, dim=2)
 
-    Returns:
-        order: int64 `[N]`. First one token of each whole cell, then the cells' other tokens, then the tokens right
-        of the last whole cell, then those below it.
+
+def _written(values: Tensor, places: Tensor, size: int) -> Tensor:
+    """int32 `[B, size]` with the values `[B, T, P]` at these places; of values for the same place any, for all are equal.
+
+    Inductor writes a scatter of int32 itself, and leaves one of int64 to ATen.
     """
-    rows, columns = height // sy, width // sx
-    token = torch.arange(height * width, device=device)
-    y, x = token // width, token % width
-    cell = y // sy * columns + x // sx
-    first = 0 if seed is None else plan.scramble(cell + seed) % (sx * sy)
-    offset = (y % sy * sx + x % sx - first) % (sx * sy)  # in the cell, from its destination on
-    index = offset * (rows * columns) + cell
-    right_of_cells = rows * sy * columns * sx + y * (width - columns * sx) + x - columns * sx
-    index = torch.where(x < columns * sx, index, right_of_cells)
-    index = torch.where(y < rows * sy, index, token)
-    # Inverting a permutation by a scatter also keeps Inductor from computing all of this anew for each channel.
-    return torch.empty_like(index).scatter_(0, index, token)
+    result = torch.empty(values.shape[0], size, dtype=torch.int32, device=values.device)
+    return result.scatter_(1, places.expand_as(values).flatten(1), values.flatten(1).int())
 
 
 def _as_number(size: int | Tensor) -> int:

@@ -46,7 +46,7 @@ def unmerge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
     """
     if slots is None:
         return tokens
-    return tokens.gather(1, slots.slot[..., None].expand(-1, -1, tokens.shape[-1]))
+    return tokens.gather(1, slots.slot.long()[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def log_sizes(tokens: Tensor, slots: SlotMap | None) -> Tensor | None:
