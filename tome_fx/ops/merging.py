@@ -49,6 +49,23 @@ def unmerge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
     return tokens.gather(1, slots.slot.long()[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
+def changed(tokens: Tensor, merged: Tensor, result: Tensor, slots: SlotMap | None) -> Tensor:
+    """The tokens, each with what its slot was changed by: merged tokens may be given to what adds to them.
+
+    Args:
+        tokens: `[B, N, C]`.
+        merged: What `merge` makes of them, `[B, K, C]`.
+        result: What was made of these, `[B, K, C]`.
+        slots: From `match`.
+
+    Returns:
+        `[B, N, C]`, or `result` itself where `slots` is None.
+    """
+    if slots is None:
+        return result
+    return tokens + unmerge(result - merged, slots)
+
+
 def log_sizes(tokens: Tensor, slots: SlotMap | None) -> Tensor | None:
     """The logarithm of how many tokens each slot stands for: proportional attention adds it to the scores of its keys.
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tome_fx import plan
+from tome_fx.plan import Side, scramble
 
 
 class Tiles(NamedTuple):
@@ -42,47 +42,10 @@ class Tiles(NamedTuple):
     before: Tensor
 
 
-class _Side(NamedTuple):
-    """The tiles along one side of the grid; lengths are in tokens, and `count`, `each` and `more` are at least 1, 1, 0.
-
-    Args:
-        size: Tokens of the side.
-        stride: Tokens of a cell.
-        count: Tiles.
-        each: Cells of a tile.
-        more: Tiles at the beginning that have one cell more.
-    """
-
-    size: int
-    stride: int
-    count: int
-    each: int
-    more: int
-
-    @classmethod
-    def of(cls, size: int, stride: int, tile: int | None) -> "_Side":
-        cells = size // stride
-        count = 1 if tile is None else 1 + (cells - 1) // (tile // stride)
-        return cls(size, stride, count, cells // count, cells % count)
-
-    @property
-    def most(self) -> int:
-        """Cells of the largest tile."""
-        return (self.size // self.stride + self.count - 1) // self.count
-
-    @property
-    def longest(self) -> int:
-        """A length that no tile exceeds: exact where the tiles are of one size, or the cells leave no token over."""
-        return self.most * self.stride + self.size % self.stride
-
-    def start(self, tile: Tensor) -> Tensor:
-        """The first token of a tile; the side's size for the number after the last tile's."""
-        cell = tile * self.each + tile.clamp(max=self.more)
-        return cell * self.stride + tile // self.count * (self.size % self.stride)
-
-    def cells(self, tile: Tensor) -> Tensor:
-        """The whole cells of a tile."""
-        return self.each + (tile < self.more).long()
+def _start(side: Side, tile: Tensor) -> Tensor:
+    """The first token of a tile along a side; the side's size for the number after the last tile's."""
+    cell = tile * side.each + tile.clamp(max=side.more)
+    return cell * side.stride + tile // side.count * (side.size % side.stride)
 
 
 def tiles(
@@ -99,14 +62,14 @@ def tiles(
         seed: Chooses the destination in each cell, pseudo-randomly; None takes the top left of every cell.
         device: Of the result.
     """
-    down, right = _Side.of(height, sy, tile), _Side.of(width, sx, tile)
+    down, right = Side.of(height, sy, tile), Side.of(width, sx, tile)
     most = down.most * right.most
 
     number = torch.arange(down.count * right.count, device=device)[:, None]
     row, column = number // right.count, number % right.count
-    top, left = down.start(row), right.start(column)
-    tall, wide = down.start(row + 1) - top, right.start(column + 1) - left  # of the tile, in tokens
-    rows, columns = down.cells(row), right.cells(column)  # and in whole cells
+    top, left = _start(down, row), _start(right, column)
+    tall, wide = _start(down, row + 1) - top, _start(right, column + 1) - left  # of the tile, in tokens
+    rows, columns = tall // sy, wide // sx  # and in whole cells
     cells, tokens = rows * columns, tall * wide
 
     place = torch.arange(down.longest * right.longest, device=device)
@@ -118,7 +81,7 @@ def tiles(
     turn, cell = index // cells, index % cells
     cell_y, cell_x = cell // columns, cell % columns
     of_grid = (top // sy + cell_y) * (width // sx) + left // sx + cell_x
-    first = 0 if seed is None else plan.scramble(of_grid + seed)
+    first = 0 if seed is None else scramble(of_grid + seed)
     inside = (turn + first) % (sx * sy)
     y, x = cell_y * sy + inside // sx, cell_x * sx + inside % sx
 
