@@ -15,6 +15,9 @@ DOWNSAMPLES = (1, 2, 4, 8)
 FINEST = "finest"
 MERGING = "tome_fx"  # the attribute that holds a transformed model's merging
 
+# Options of `transform` that make it tomesd's mathematics: what it is compared by.
+TOMESD: dict[str, Any] = {"tile": None, "max_downsample": FINEST, "prop_attn": False, "share_match": False}
+
 THOUSAND = 1000  # a dynamic ratio is a whole number of thousandths
 
 
@@ -64,12 +67,11 @@ class Plan:
             )
         if self.tile is not None and integer("tile", self.tile) < max(self.sx, self.sy):
             raise ValueError(
-                f"tile must be None or at least {max(self.sx, self.sy)}, so that a cell of {self.sx} x {self.sy} tokens "
-                f"fits in; got {self.tile}"
+                f"tile must be None or at least {max(self.sx, self.sy)} tokens, to hold a cell of {self.sx} x {self.sy}"
+                f"; got {self.tile}"
             )
-        if self.max_downsample not in (None, FINEST) and (
-            integer("max_downsample", self.max_downsample) not in DOWNSAMPLES
-        ):
+        asked = self.max_downsample
+        if asked is not None and asked != FINEST and integer("max_downsample", asked) not in DOWNSAMPLES:
             raise ValueError(
                 f"max_downsample must be None, {FINEST!r} or one of {DOWNSAMPLES}, got {self.max_downsample}"
             )
@@ -126,14 +128,14 @@ class Side(NamedTuple):
     Args:
         size: Tokens of the side.
         stride: Tokens of a cell.
-        count: Tiles.
+        tiles: How many.
         each: Cells of a tile.
         more: Tiles at the beginning that have one cell more.
     """
 
     size: int
     stride: int
-    count: int
+    tiles: int
     each: int
     more: int
 
@@ -147,7 +149,7 @@ class Side(NamedTuple):
     @property
     def most(self) -> int:
         """Cells of the largest tile."""
-        return (self.size // self.stride + self.count - 1) // self.count
+        return (self.size // self.stride + self.tiles - 1) // self.tiles
 
     @property
     def longest(self) -> int:
@@ -200,10 +202,12 @@ class Grid:
 
     def match_flops(self, channels: int) -> int:
         """Multiply-adds of all similarities, times two: of every source of a tile with every destination of it."""
+        if not self.cells:
+            return 0
         down, right = Side.of(self.height, self.sy, self.tile), Side.of(self.width, self.sx, self.tile)
         destinations = down.most * right.most
         sources = down.longest * right.longest - destinations
-        return 2 * down.count * right.count * sources * destinations * channels
+        return 2 * down.tiles * right.tiles * sources * destinations * channels
 
 
 def kept(height: int, width: int, ratio: float) -> int:

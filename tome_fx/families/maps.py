@@ -71,7 +71,7 @@ def _read(function: Any) -> _Reading:
         reader.visit(statement)
     given = definition.args
     names = frozenset(argument.arg for argument in (*given.args, *given.kwonlyargs))
-    return _Reading(tuple(reader.stores), frozenset(reader.names_read), names, given.kwarg and given.kwarg.arg)
+    return _Reading(tuple(reader.stores), frozenset(reader.names_read), names, given.kwarg.arg if given.kwarg else None)
 
 
 class _Reader(ast.NodeVisitor):

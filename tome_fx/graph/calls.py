@@ -8,7 +8,6 @@ from torch import fx
 
 from tome_fx.plan import TransformError
 
-
 # Names and defaults of a module's positional parameters, in order; None where they are not known.
 Parameters = tuple[tuple[str, Any], ...] | None
 
@@ -47,7 +46,7 @@ class Call(NamedTuple):
         return self.node.args[place] if place < len(self.node.args) else self.node.kwargs.get(name)
 
     def give(self, name: str, value: fx.Node, parameters: Parameters) -> None:
-        """Give the module another value for `name`: by keyword, or by position where it is called through a function."""
+        """Give the module another value for `name`: by keyword, or by position if it is called through a function."""
         place = _place(name, parameters)
         if self.first + place < len(self.node.args):
             self.node.update_arg(self.first + place, value)

@@ -53,7 +53,7 @@ def attend(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def merged_keys(tokens: Tensor, slots: ops.SlotMap | None) -> Tensor | None:
-    """What to attend to where keys and values alone are merged, or None where nothing is; a node of rewritten graphs."""
+    """What to attend to where keys and values alone are merged, None where nothing is; a node of rewritten graphs."""
     return None if slots is None else ops.merge(tokens, slots)
 
 

@@ -5,15 +5,16 @@ blocks that share a grid and as `Scope`s, the modules in a block that see merged
 """
 
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from tome_fx import ops
 from tome_fx.graph import nodes
 from tome_fx.graph.calls import Call, Parameters, calls_of
-from tome_fx.graph.scopes import Matching, Scope, Stack, Weighable
+from tome_fx.graph.scopes import Matching, Scope, Stack, Weigh
 from tome_fx.plan import TransformError
 
 
@@ -46,12 +47,12 @@ class StackPass:
     Args:
         stack: The blocks and their grid.
         matching: How they are matched.
-        weighable: Weigh merged tokens by how many they stand for, in the blocks that it lets; None weighs none.
+        weigh: Gives the weights of merged tokens by how many they stand for; None weighs none.
     """
 
     stack: Stack
     matching: Matching
-    weighable: Weighable | None = None
+    weigh: Weigh | None = None
 
     def __call__(self, graph: fx.Graph) -> None:
         """Change the graph in place.
@@ -60,7 +61,7 @@ class StackPass:
             TransformError: A block of the stack is not called exactly once.
         """
         _require_one_call_each(graph, self.stack.blocks)
-        insert_merge_of_blocks(graph, self.stack, self.matching, self.weighable)
+        insert_merge_of_blocks(graph, self.stack, self.matching, self.weigh)
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,13 @@ class MergePass:
     Args:
         scopes: The modules.
         queries: Whether the tokens that attend are merged too, or keys and values alone, in scopes that have `keys`.
-        weighable: Weigh merged tokens by how many they stand for, in the scopes that take weights and the modules that
-            it lets; None weighs none.
+        weigh: Gives the weights of merged tokens by how many they stand for, in the scopes that take them; None weighs
+            none.
     """
 
     scopes: tuple[Scope, ...]
     queries: bool = True
-    weighable: Weighable | None = None
+    weigh: Weigh | None = None
 
     def __call__(self, graph: fx.Graph) -> None:
         """Change the graph in place.
@@ -85,7 +86,7 @@ class MergePass:
             TransformError: The module of a scope is not called exactly once.
         """
         _require_one_call_each(graph, tuple(scope.module for scope in self.scopes))
-        insert_merge(graph, self.scopes, queries=self.queries, weighable=self.weighable)
+        insert_merge(graph, self.scopes, queries=self.queries, weigh=self.weigh)
 
 
 def insert_match(graph: fx.Graph, stack: Stack, matching: Matching) -> int:
@@ -108,13 +109,13 @@ def insert_match(graph: fx.Graph, stack: Stack, matching: Matching) -> int:
     Returns:
         How many blocks were given a slot map.
     """
-    count = 0
-    for count, (call, slots) in enumerate(_matched(graph, stack, matching), 1):
+    matched = _matched(graph, stack, matching)
+    for call, slots in matched:
         call.append("slots", slots, _arguments(stack, call))
-    return count
+    return len(matched)
 
 
-def insert_merge_of_blocks(graph: fx.Graph, stack: Stack, matching: Matching, weighable: Weighable | None = None) -> int:
+def insert_merge_of_blocks(graph: fx.Graph, stack: Stack, matching: Matching, weigh: Weigh | None = None) -> int:
     """Let each block of the stack see merged tokens, and add to each token what its slot is changed by.
 
     Before::
@@ -133,24 +134,24 @@ def insert_merge_of_blocks(graph: fx.Graph, stack: Stack, matching: Matching, we
     Returns:
         How many blocks see merged tokens.
     """
-    count, runs = 0, _Runs()
-    for count, (call, slots) in enumerate(_matched(graph, stack, matching), 1):
+    matched, runs = _matched(graph, stack, matching), _Runs()
+    for call, slots in matched:
         parameters = _arguments(stack, call)
         with graph.inserting_before(call.node):
             _refuse_per_token(call, stack.per_token, parameters, slots, stack.option)
             run = runs.through(call.argument(stack.tokens), slots)
             call.replace(stack.tokens, run.inside)
-            if weighable and stack.weights is not None:
-                call = _weighed(call, stack.weights, run.tokens, slots, weighable, parameters)
+            if weigh and stack.weights is not None:
+                call = _weighed(call, stack.weights, run.tokens, slots, weigh, parameters)
         runs.left(run, *_results(call.node, stack.result))
     for end in runs.ends:
         if not end.users:  # the run went on
             graph.erase_node(end)
-    return count
+    return len(matched)
 
 
 def insert_merge(
-    graph: fx.Graph, scopes: Collection[Scope], *, queries: bool = True, weighable: Weighable | None = None
+    graph: fx.Graph, scopes: Collection[Scope], *, queries: bool = True, weigh: Weigh | None = None
 ) -> int:
     """Let the module of each scope see merged tokens; adds the input `slots`.
 
@@ -171,9 +172,8 @@ def insert_merge(
 
     and where tokens are weighed and the scope takes weights::
 
-        weighed = weighable(self.module, slots)
-        log_sizes = log_sizes(x, weighed)
-        y = attend(self.module, merge, attention_mask=log_sizes)
+        weights = weigh(self.module, x, slots)
+        y = attend(self.module, merge, attention_mask=weights)
 
     Returns:
         How many modules were wrapped.
@@ -186,26 +186,26 @@ def insert_merge(
     for call in calls:
         scope = by_name[call.module]
         tokens = call.argument(scope.tokens)
-        keys_alone = scope.keys is not None and not queries
+        keys = None if queries else scope.keys
         with graph.inserting_before(call.node):
             _refuse_per_token(call, scope.per_token, None, slots, scope.option)
-            if keys_alone:
-                call.node.update_kwarg(scope.keys, graph.call_function(nodes.merged_keys, (tokens, slots)))
+            if keys:
+                call.node.update_kwarg(keys, graph.call_function(nodes.merged_keys, (tokens, slots)))
             else:
                 call.replace(scope.tokens, graph.call_function(ops.merge, (tokens, slots)))
-            if weighable and scope.weights is not None:
-                call = _weighed(call, scope.weights, tokens, slots, weighable)
-        if not keys_alone:
+            if weigh and scope.weights is not None:
+                call = _weighed(call, scope.weights, tokens, slots, weigh)
+        if not keys:
             for merged in _results(call.node, scope.result):
                 _replaced_after(merged, ops.unmerge, (merged, slots))
     return len(calls)
 
 
-def _matched(graph: fx.Graph, stack: Stack, matching: Matching) -> Iterator[tuple[Call, fx.Node]]:
+def _matched(graph: fx.Graph, stack: Stack, matching: Matching) -> list[tuple[Call, fx.Node]]:
     """Each call of a block with the slot map of its tokens, put in before it or before the first of them."""
     calls = list(calls_of(graph, stack.blocks))
     if not calls:
-        return
+        return []
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     image = next((node for node in inputs if node.target == stack.image), None)
     if image is None:
@@ -214,13 +214,22 @@ def _matched(graph: fx.Graph, stack: Stack, matching: Matching) -> Iterator[tupl
         grid = graph.call_function(stack.grid, (image,))
         height, width = (graph.call_function(operator.getitem, (grid, side)) for side in (0, 1))
         kept = graph.call_function(ops.kept, (height, width, graph.get_attr(stack.ratio)))
-    options = {"kept": kept, "sx": matching.sx, "sy": matching.sy, "seed": matching.seed, "tile": matching.tile}
-    slots: fx.Node | None = None
+    options: dict[str, Any] = {
+        "kept": kept,
+        "sx": matching.sx,
+        "sy": matching.sy,
+        "seed": matching.seed,
+        "tile": matching.tile,
+    }
+    matched: list[tuple[Call, fx.Node]] = []
     for call in calls:
-        if slots is None or not matching.once:
-            with graph.inserting_before(call.node):
-                slots = graph.call_function(ops.match, (call.argument(stack.tokens), height, width), options)
-        yield call, slots
+        if matched and matching.once:
+            matched.append((call, matched[0][1]))
+            continue
+        with graph.inserting_before(call.node):
+            slots = graph.call_function(ops.match, (call.argument(stack.tokens), height, width), options)
+        matched.append((call, slots))
+    return matched
 
 
 @dataclass
@@ -285,14 +294,13 @@ def _weighed(
     name: str,
     tokens: fx.Node,
     slots: fx.Node,
-    weighable: Weighable,
+    weigh: Weigh,
     parameters: Parameters = None,
 ) -> Call:
     """The call as one of `attend`, if it is the module's own, with the weights in the place of its mask."""
     graph = call.node.graph
     module = graph.get_attr(call.module)
-    weighed = graph.call_function(weighable, (module, slots))
-    weights = graph.call_function(ops.log_sizes, (tokens, weighed))
+    weights = graph.call_function(weigh, (module, tokens, slots))
     mask = call.given(name, parameters)
     call.give(name, weights if mask is None else graph.call_function(nodes.either, (weights, mask)), parameters)
     if call.first:

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tome_fx.ops import SlotMap
 
-# Given a module that takes weights and a slot map: the slot map, or None where the module, as it is now, cannot weigh.
-Weighable = Callable[[nn.Module, SlotMap | None], SlotMap | None]
+# Of a module, tokens and their slot map: what the module is to add to the scores of merged keys; None where it cannot.
+Weigh = Callable[[nn.Module, Tensor, SlotMap | None], Tensor | None]
 
 
 @dataclass(frozen=True)

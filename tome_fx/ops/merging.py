@@ -66,7 +66,7 @@ def changed(tokens: Tensor, merged: Tensor, result: Tensor, slots: SlotMap | Non
     return tokens + unmerge(result - merged, slots)
 
 
-def log_sizes(tokens: Tensor, slots: SlotMap | None) -> Tensor | None:
+def log_sizes(tokens: Tensor, slots: SlotMap | None, heads: int = 1) -> Tensor | None:
     """The logarithm of how many tokens each slot stands for: proportional attention adds it to the scores of its keys.
 
     A key with the logarithm of a count added to its scores is attended to as that many copies of it would be. So
@@ -75,9 +75,10 @@ def log_sizes(tokens: Tensor, slots: SlotMap | None) -> Tensor | None:
     Args:
         tokens: `[B, N, C]`, for their dtype.
         slots: From `match`.
+        heads: Of attention that wants a copy for each.
 
     Returns:
-        `[B, 1, K]`, the same for every query, or None where `slots` is None.
+        `[B * heads, 1, K]`, the same for every query, or None where `slots` is None.
 
     Source: Bolya et al., "Token Merging: Your ViT But Faster" (2023), equation 1.
     """
@@ -86,4 +87,4 @@ def log_sizes(tokens: Tensor, slots: SlotMap | None) -> Tensor | None:
     batch, count = slots.slot.shape
     end = count * torch.arange(1, batch + 1, device=slots.start.device)[:, None]
     sizes = slots.start.diff(append=end).to(torch.promote_types(tokens.dtype, torch.float32))
-    return sizes.log().to(tokens.dtype)[:, None]
+    return sizes.log().to(tokens.dtype)[:, None].repeat_interleave(heads, dim=0)
