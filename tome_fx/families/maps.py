@@ -38,11 +38,18 @@ def ignores(processor: type, argument: str) -> bool:
     return bool(reading.takes(argument)) and not reading.takes(argument) & reading.names_read
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def uses(processor: type, attribute: str) -> bool:
+    """Whether a processor of this class looks up an attribute of this name, of whatever it is."""
+    return attribute in _read(_function(processor)).attributes
+
+
 class _Reading(NamedTuple):
     stores: tuple[Store, ...] = ()
     names_read: frozenset[str] = frozenset()
     arguments: frozenset[str] = frozenset()
     of_many: str | None = None  # the argument that takes all others by keyword
+    attributes: frozenset[str] = frozenset()
 
     def takes(self, name: str) -> set[str]:
         """The argument that has what is given for this name."""
@@ -71,7 +78,10 @@ def _read(function: Any) -> _Reading:
         reader.visit(statement)
     given = definition.args
     names = frozenset(argument.arg for argument in (*given.args, *given.kwonlyargs))
-    return _Reading(tuple(reader.stores), frozenset(reader.names_read), names, given.kwarg.arg if given.kwarg else None)
+    of_many = given.kwarg.arg if given.kwarg else None
+    return _Reading(
+        tuple(reader.stores), frozenset(reader.names_read), names, of_many, frozenset(reader.attributes_read)
+    )
 
 
 class _Reader(ast.NodeVisitor):
@@ -83,11 +93,17 @@ class _Reader(ast.NodeVisitor):
         self.conditions: tuple[str, ...] = ()
         self.stores: list[Store] = []
         self.names_read: set[str] = set()
+        self.attributes_read: set[str] = set()
 
     def visit_Name(self, node: ast.Name) -> None:
         """Note what is read."""
         if isinstance(node.ctx, ast.Load):
             self.names_read.add(node.id)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        """Note what is looked up."""
+        self.attributes_read.add(node.attr)
+        self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> None:
         """What is in its body happens under its conditions, of which the processor's own attributes are noted."""

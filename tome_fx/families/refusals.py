@@ -57,12 +57,6 @@ class CheckBlock:
             processor = getattr(module, "processor", None)
             if processor is not None:
                 self._refuse_processor(module, processor, scope)
-            if not self.queries and getattr(module, "fused_projections", False) and scope.keys is not None:
-                raise TransformError(
-                    "merge_queries=False merges keys and values alone, and fuse_qkv_projections has made one "
-                    "projection of them and the queries. Take it back with unfuse_qkv_projections, or merge the "
-                    "queries too"
-                )
 
     def _refuse_processor(self, module: nn.Module, processor: Any, scope: Scope) -> None:
         name = type(processor).__name__
@@ -75,6 +69,12 @@ class CheckBlock:
             raise TransformError(
                 f"{name} takes no notice of {scope.keys}, by which merge_queries=False gives it merged keys and "
                 "values. Leave it out, or merge the queries too"
+            )
+        fused = getattr(module, "fused_projections", False) and maps.uses(type(processor), "to_qkv")
+        if not self.queries and scope.keys is not None and fused:  # a module stays so when diffusers takes it back
+            raise TransformError(
+                "merge_queries=False merges keys and values alone, and fuse_qkv_projections has made one projection of "
+                "them and the queries. Take it back with unfuse_qkv_projections, or merge the queries too"
             )
         for store in maps.stores(type(processor)):
             # In self-attention stores of another object are common and leave its maps unread.
