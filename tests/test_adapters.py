@@ -162,25 +162,34 @@ class Case:
     def arguments(self, call: Call | None = None) -> dict[str, Any]:
         return models.inputs(self.build(), HEIGHT, WIDTH) | (call or self.call)()
 
-    def idle(self) -> Tensor:
+    def idle(self, **options: Any) -> Tensor:
         """What wrapped children give where nothing acts."""
         model = self.build() if self.without is None else self.unet()
-        return output(wrapped(model), self.arguments(self.without or dict))
+        return output(wrapped(model, **options), self.arguments(self.without or dict))
 
 
 PLAIN = Case()
 
 
-def halved(model: Any, arguments: dict[str, Any]) -> Tensor:
-    """The output; asserts that self-attention saw half of the tokens at the finest level, and all of them at others."""
+def halved(model: Any, arguments: dict[str, Any], queries: bool = True) -> Tensor:
+    """The output; asserts that self-attention saw half of the tokens at the finest level, and all of them at others.
+
+    Where queries stay whole, that is half of the keys.
+    """
     sides = {site.path: site.downsample for site in find_sites(model)}
-    seen: dict[str, int] = {}
+    seen: dict[str, tuple[int, int]] = {}
+
+    def note(path: str, tokens: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any) -> None:
+        seen[path] = tokens.shape[1], (tokens if encoder_hidden_states is None else encoder_hidden_states).shape[1]
+
     for path in sides:
-        attention = model.get_submodule(path).attn1
-        attention.register_forward_pre_hook(lambda _, args, path=path: seen.update({path: args[0].shape[1]}))
+        model.get_submodule(path).attn1.register_forward_pre_hook(
+            lambda _, args, kwargs, path=path: note(path, *args, **kwargs), with_kwargs=True
+        )
     result = output(model, arguments)
     everything = {path: (HEIGHT // side) * (WIDTH // side) for path, side in sides.items()}
-    assert seen == {path: n // 2 if sides[path] == min(sides.values()) else n for path, n in everything.items()}
+    merged = {path: n // 2 if sides[path] == min(sides.values()) else n for path, n in everything.items()}
+    assert seen == {path: (merged[path] if queries else n, merged[path]) for path, n in everything.items()}
     return result
 
 
@@ -269,18 +278,36 @@ def everywhere(cases: dict[str, Any], ends: bool = False, fast: tuple[str, ...] 
     return pytest.mark.parametrize("case, place", parameters)
 
 
-@given("return_dict")
-@everywhere(CASES)
-def test_wherever_the_transform_comes_it_acts_as_in_the_stock_model(case: Case, place: int) -> None:
-    stock, result, arguments = case.unet(), case.unet(place), case.arguments()
-    ours = halved(result, arguments)
-    assert torch.equal(ours, output(wrapped(stock), arguments))
+def assert_acts_as_in_the_stock_model(case: Case, place: int, **options: Any) -> None:
+    stock, result, arguments = case.unet(), case.unet(place, **options), case.arguments()
+    ours = halved(result, arguments, options.get("merge_queries", True))
+    assert torch.equal(ours, output(wrapped(stock, **options), arguments))
     assert relative_error(ours, output(stock, arguments)) > 1e-3
-    assert relative_error(ours, case.idle()) > 1e-3
+    assert relative_error(ours, case.idle(**options)) > 1e-3
     with torch.no_grad():
         assert torch.equal(result(**arguments).sample, ours)  # `output` asks for a tuple
     set_ratio(result, 0)
     assert torch.equal(output(result, arguments), output(stock, arguments))
+
+
+@given("return_dict")
+@everywhere(CASES)
+def test_wherever_the_transform_comes_it_acts_as_in_the_stock_model(case: Case, place: int) -> None:
+    assert_acts_as_in_the_stock_model(case, place)
+
+
+FEW = ("lora-scale", "ip-adapter", "processors", "gligen")
+MASKS = ("ip-masks", "ip-lora")
+
+
+@everywhere({name: rows for name, rows in CASES.items() if name != "pag"}, ends=True, fast=FEW)
+def test_it_acts_as_in_the_stock_model_where_keys_and_values_alone_are_merged(case: Case, place: int) -> None:
+    assert_acts_as_in_the_stock_model(case, place, merge_queries=False)
+
+
+@everywhere({name: rows for name, rows in CASES.items() if name not in MASKS}, ends=True, fast=FEW)
+def test_it_acts_as_in_the_stock_model_where_whole_blocks_are_merged(case: Case, place: int) -> None:
+    assert_acts_as_in_the_stock_model(case, place, merge_block=True)
 
 
 @everywhere(UNDONE)
@@ -290,16 +317,19 @@ def test_what_was_undone_leaves_the_plain_model_merged(case: Case, place: int) -
 
 @IP_MASKS
 @ORDER
-def test_image_masks_over_merged_cross_attention_are_refused_and_images_without_masks_are_served(place: int) -> None:
-    case = CASES["ip-masks"][0]
-    result, arguments = case.unet(place, merge_crossattn=True), case.arguments()
-    with pytest.raises(TransformError, match=r"ip_adapter_masks was given to attn2, .*\(merge_crossattn=True\)"):
+@pytest.mark.parametrize("option, module", [("merge_crossattn", "attn2"), ("merge_block", r"transformer_blocks\.0")])
+def test_image_masks_over_merged_cross_attention_are_refused_and_images_without_masks_are_served(
+    place: int, option: str, module: str
+) -> None:
+    case, options = CASES["ip-masks"][0], {option: True}
+    result, arguments = case.unet(place, **options), case.arguments()
+    with pytest.raises(TransformError, match=rf"ip_adapter_masks was given to {module}, .*\({option}=True\)"):
         output(result, arguments)
     images, stock = case.arguments(IMAGES), case.unet()
     ours = halved(result, images)
-    assert torch.equal(ours, output(wrapped(stock, merge_crossattn=True), images))
+    assert torch.equal(ours, output(wrapped(stock, **options), images))
     assert relative_error(ours, output(wrapped(stock), images)) > 1e-3
-    assert relative_error(ours, output(wrapped(two_stages(), merge_crossattn=True), PLAIN.arguments())) > 1e-3
+    assert relative_error(ours, output(wrapped(two_stages(), **options), PLAIN.arguments())) > 1e-3
     set_ratio(result, 0)
     assert torch.equal(output(result, arguments), output(stock, arguments))
 
@@ -312,8 +342,7 @@ def test_perturbed_attention_beside_classifier_free_guidance_makes_the_image_of_
     assert torch.equal(ours, guided(wrapped(two_stages())))
     for other in (guided(two_stages()), guided(result, pag_scale=0), guided(result, guidance_scale=1)):
         assert relative_error(ours, other) > 1e-3
-    kinds = {type(processor) for processor in result.attn_processors.values()}
-    assert kinds == {AttnProcessor2_0}  # the pipeline puts back what there was
+    assert all(type(processor) in (AttnProcessor2_0,) for processor in result.attn_processors.values())  # put back
 
 
 # Its module has moved within diffusers: it is where the pipeline that uses it is.
@@ -329,6 +358,18 @@ def test_what_attends_across_the_batch_is_refused_where_attention_is_proportiona
         block.attn1.set_processor(processor(**options))
     with pytest.raises(TransformError, match=rf"{processor.__name__} attends in parts of the batch or across it, .*"):
         output(result, PLAIN.arguments())
+
+
+@pytest.mark.parametrize("processor", MIXING)
+def test_what_attends_across_the_batch_gets_plain_means_by_default(processor: Any) -> None:
+    ours, plain = (merged(two_stages(), prop_attn=prop_attn) for prop_attn in (None, False))
+    weighed = output(ours, PLAIN.arguments())
+    options = {"batch_size": 1} if processor is CrossFrameAttnProcessor2_0 else {}
+    for result in (ours, plain):
+        for block in blocks(result).values():
+            block.attn1.set_processor(processor(**options))
+    assert torch.equal(output(ours, PLAIN.arguments()), output(plain, PLAIN.arguments()))
+    assert relative_error(output(ours, PLAIN.arguments()), weighed) > 1e-3
 
 
 @PAG

@@ -198,7 +198,7 @@ def test_encoder_states_may_be_a_tuple_and_reach_cross_attention_whole() -> None
                 encoder_hidden_states = encoder_hidden_states[0]
             return super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
 
-    model, arguments = transform(two_stages()), inputs(two_stages())
+    model, arguments = transform(two_stages(), prop_attn=False), inputs(two_stages())
     expected = output(model, arguments)
     model.set_attn_processor(Whole())
     text = arguments["encoder_hidden_states"]

@@ -34,12 +34,14 @@ def wrapped(model: Any, ratio: float = 0.5, *, copies: bool = False, **options: 
     # The grid of a transformer's image and the slot map of its blocks' tokens, one of each for all or for each block.
     seen: dict[str, dict[str, Any]] = defaultdict(dict)
     for site in merged_sites(model, plan) if plan.matches else []:
-        own = seen[site.transformer if plan.share_match else site.path]
-        _wrap_site(result.get_submodule(site.transformer), result.get_submodule(site.path), plan, own, copies)
+        key = site.transformer if plan.share_match else site.path
+        first = key not in seen
+        transformer, block = result.get_submodule(site.transformer), result.get_submodule(site.path)
+        _wrap_site(transformer, block, plan, seen[key], first, copies)
     return result
 
 
-def _wrap_site(transformer: Any, block: Any, plan: Plan, seen: dict[str, Any], copies: bool) -> None:
+def _wrap_site(transformer: Any, block: Any, plan: Plan, seen: dict[str, Any], first: bool, copies: bool) -> None:
     def measure(call: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.clear()
         height, width = hidden_states.shape[-2:]
@@ -49,7 +51,7 @@ def _wrap_site(transformer: Any, block: Any, plan: Plan, seen: dict[str, Any], c
     def match(call: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         grid = seen["grid"]
         options = {"kept": grid.kept, "sx": plan.sx, "sy": plan.sy, "seed": plan.cell_seed, "tile": plan.tile}
-        if "slots" not in seen:
+        if first:  # again where checkpointing calls it again, which no stack of several merged blocks would bear
             seen["slots"] = ops.match(hidden_states, grid.height, grid.width, **options)
             seen["first"] = hidden_states
             seen["merged"] = seen["now"] = ops.merge(hidden_states, seen["slots"])
