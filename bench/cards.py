@@ -2,8 +2,8 @@
 
 NOTE [As if there was a card]
 Inductor asks a card for its properties and for nothing else, as long as nothing is measured or launched. So `pretend`
-answers for the card, until the process ends: what libraries have asked once, they remember. Where Inductor would measure
-and choose, the first choice stands: matrix products are not padded, kernels have every block size that would be tried.
+answers for the card, until the process ends: what libraries have asked once, they remember. Where Inductor would
+measure and choose it does not: matrix products are not padded, and kernels have all block sizes that would be tried.
 
 NOTE [Attention as on a card]
 Which kernel computes attention is decided in C++ that only a CUDA build has, by the card. So that is done again here,
@@ -85,7 +85,7 @@ def pretend(name: str) -> None:
         gcnArchName="",  # AMD's, which is asked of any card
     )
 
-    class Driver(CudaDriver):
+    class Driver(CudaDriver):  # type: ignore[misc]
         """What Triton asks before anything is launched; the rest it asks torch."""
 
         def __init__(self) -> None:
@@ -126,8 +126,8 @@ def pretend(name: str) -> None:
     if not torch.backends.cuda.is_built():
         _load_guard()
     # To fold constants, Inductor computes a real element of them.
-    for operator, factory in {"empty.memory_format": torch.empty, "empty_strided": torch.empty_strided}.items():
-        CUDA.impl(operator, partial(_on_cpu, factory))
+    CUDA.impl("empty.memory_format", partial(_on_cpu, torch.empty))
+    CUDA.impl("empty_strided", partial(_on_cpu, torch.empty_strided))
     attention = aten.scaled_dot_product_attention.default
     attention.py_kernels[torch._C.DispatchKey.CompositeImplicitAutograd] = partial(_attention, card)
     attention._dispatch_cache.clear()
@@ -137,7 +137,7 @@ def _load_guard() -> None:
     """Register a guard of CUDA devices that does nothing. A CUDA build has one for machines without a card."""
     from torch._inductor.codecache import CppCodeCache
 
-    class Guard(CppCodeCache):  # type: ignore[misc]
+    class Guard(CppCodeCache):
         cpp_compile_command_flags = {"include_pytorch": True, "shared": True}  # noqa: RUF012
 
     source = """
@@ -147,7 +147,7 @@ def _load_guard() -> None:
     Guard.load(source, "cpu", extra_flags=("-Wl,--no-as-needed", "-lc10"))
 
 
-def _on_cpu(factory: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+def _on_cpu(factory: Callable[..., Any], *args: Any, **options: Any) -> Any:
     return factory(*args, **{**options, "device": "cpu"})
 
 

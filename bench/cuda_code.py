@@ -1,13 +1,14 @@
 """CUDA code without a GPU: what Inductor writes for a card, read as data, and what ptxas makes of its kernels."""
 
 import ast
+import functools
 import multiprocessing
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -148,7 +149,8 @@ def write(make: Callable[..., MODULE], *args: Any, **options: Any) -> Code:
         return SimpleNamespace(call=call)
 
     torch._dynamo.reset()
-    GraphLowering.compile_to_module = compile_to_module
+    lowering: Any = GraphLowering
+    lowering.compile_to_module = compile_to_module
     with FakeTensorMode(), torch.no_grad():
         torch.set_default_dtype(torch.float16)
         try:
@@ -221,13 +223,19 @@ def _bytes(shape: ast.expr, strides: ast.expr, dtype: ast.expr) -> int:
 
 def _node(node: Any) -> Node:
     name = node.node.get_kernel_name() if node.is_extern() else ""
-    called = KINDS["gemm"].match(name) or KINDS["aten"].match(name)
+    called = KINDS["gemm"].fullmatch(name) or KINDS["aten"].fullmatch(name)
     call = called[1] if called else name
-    flops = int(node.estimate_flops() or 0)
-    if "attention" in call:
-        width = int(node.node.inputs[0].get_size()[-1])
-        flops = flops * -(-width // 32) * 32 // width  # kernels are for multiples of 32
-    return Node(call, int(node.get_read_write_buffers_sizes()), flops)
+    flops = _attention_flops(*node.node.inputs[:3]) if "attention" in call else node.estimate_flops() or 0
+    return Node(call, int(node.get_read_write_buffers_sizes()), int(flops))
+
+
+def _attention_flops(query: Any, key: Any, value: Any) -> int:
+    """Of attention over `[B, H, L, E]`, `[B, H, S, E]` and `[B, H, S, V]`: kernels are for widths of whole 32."""
+    from torch._inductor.virtualized import V
+
+    batch, heads, queries, width = map(V.graph.sizevars.optimization_hint, query.get_size())
+    keys, values = V.graph.sizevars.optimization_hint(key.get_size()[2]), int(value.get_size()[3])
+    return int(2 * batch * heads * queries * keys * sum(-(-wide // 32) * 32 for wide in (width, values)))
 
 
 def build(code: Code) -> list[Kernel]:
@@ -235,17 +243,24 @@ def build(code: Code) -> list[Kernel]:
 
     Each in all of the configurations that Inductor would time before the first run.
     """
+    return [
+        replace(kernel, name=name)
+        for name, source in code.kernels.items()
+        for kernel in _built(source.replace(name, "k"))
+    ]
+
+
+@functools.cache
+def _built(source: str) -> tuple[Kernel, ...]:
+    """The configurations of a kernel that is called `k`, so that it is compiled once whatever number it has."""
     from torch._inductor.codecache import PyCodeCache
 
-    result = []
-    for name, source in code.kernels.items():
-        kernel = getattr(PyCodeCache.load(source), name)
-        kernel.precompile(warm_cache_only=True)
-        result += [_kernel(name, done.kernel, str(done.config)) for done in kernel.compile_results]
-    return result
+    kernel = PyCodeCache.load(source).k
+    kernel.precompile(warm_cache_only=True)
+    return tuple(_kernel(done.kernel, str(done.config)) for done in kernel.compile_results)
 
 
-def _kernel(name: str, compiled: Any, configuration: str) -> Kernel:
+def _kernel(compiled: Any, configuration: str) -> Kernel:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -255,4 +270,4 @@ def _kernel(name: str, compiled: Any, configuration: str) -> Kernel:
     usage = {what: int(count) for what, count in re.findall(r"\b([A-Z]+):(\d+)", text)}
     atomics = sorted(set(re.findall(r"\b(?:atom|red)\.[\w.:]+", compiled.asm["ptx"])))
     spilled = usage["STACK"] + usage["LOCAL"]
-    return Kernel(name, configuration, usage["REG"], spilled, compiled.metadata.shared, tuple(atomics))
+    return Kernel("k", configuration, usage["REG"], spilled, compiled.metadata.shared, tuple(atomics))
