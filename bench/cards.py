@@ -11,6 +11,8 @@ as aten/src/ATen/native/transformers/cuda/sdp_utils.cpp and attention.cpp beside
 or newer, for dense tensors without gradients.
 """
 
+import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +67,9 @@ def pretend(name: str) -> None:
     Args:
         name: One of `CARDS`.
     """
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")  # of torch, about what is off here or could be faster
+    import diffusers.loaders.peft  # noqa: F401  # first, for it imports what would open the card
     import triton
     from torch._inductor import config
     from torch._subclasses.fake_tensor import FakeTensorMode
