@@ -3,7 +3,6 @@
 import argparse
 import re
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from tabulate import tabulate
@@ -38,7 +37,7 @@ def _demo(document: dict[str, Any]) -> list[str]:
 
 def _cold(document: dict[str, Any]) -> list[str]:
     given = document["setting"]
-    setting = f"{document['resolution']} px, UNet batch 1, ratio {given['ratio']}, {given['scope']}, fp32 on cpu."
+    setting = f"{document['resolution']} px, UNet batch 1, ratio {given['ratio']}, fp32 on cpu."
     return [document["note"], f"{setting} {machine(document['machine'])}.", cold.table(document)]
 
 
@@ -68,13 +67,15 @@ def _support(document: dict[str, Any]) -> list[str]:
 def _latency(document: dict[str, Any]) -> list[str]:
     parts = [document["note"]]
     for entry in document["cells"]:
-        cell = Cell(**entry["cell"])
+        cell = Cell.read(entry["cell"])
         parts.append(
-            f"**{cell.model}, {cell.resolution} px**, UNet batch {cell.unet_batch}, ratio {cell.ratio}, {cell.scope}, "
-            f"{cell.dtype} on {cell.device}, mode {cell.mode}. {machine(entry['machine'])}. {tables.table(entry)}"
+            f"**{cell.model}, {cell.resolution} px**, UNet batch {cell.unet_batch}, {cell.merging}, "
+            f"{cell.dtype} on {cell.device}, mode {cell.mode}. {machine(entry['machine'])}.\n\n{tables.table(entry)}"
         )
         if "breakdown" in entry:
-            parts.append("One site of the finest level, each part compiled alone:\n\n" + breakdown(entry["breakdown"]))
+            parts.append(
+                "One site of the finest level, each part compiled alone:\n\n" + tables.breakdown(entry["breakdown"])
+            )
     return parts
 
 
@@ -92,12 +93,6 @@ def support(features: dict[str, Any]) -> str:
         tests = ", ".join(f"`{name.removeprefix('tests/')}`" for name in row["tests"])
         lines.append([row["group"], feature, verdict, row["condition"], tests])
     return tabulate(lines, ["", "feature", "verdict", "condition", "test"], tablefmt="github", disable_numparse=True)
-
-
-def breakdown(rows: dict[str, Any]) -> str:
-    """Milliseconds of the parts of a site."""
-    lines = [f"| {name} | {median(row['samples_ms']):.2f} |" for name, row in rows.items() if row["samples_ms"]]
-    return "\n".join(["| part | ms (median) |", "|---|---|", *lines])
 
 
 def fill(text: str, name: str, content: str) -> str:
