@@ -36,16 +36,19 @@ def transform(
     model: Model,
     ratio: float = 0.5,
     *,
-    max_downsample: int | None = None,
+    tile: int | None = 16,
+    max_downsample: int | str | None = None,
     sx: int = 2,
     sy: int = 2,
     use_rand: bool = True,
     seed: int = 0,
     merge_attn: bool = True,
+    merge_queries: bool = True,
     merge_crossattn: bool = False,
     merge_mlp: bool = False,
-    prop_attn: bool = False,
-    share_match: bool = False,
+    merge_block: bool = False,
+    prop_attn: bool | None = None,
+    share_match: bool = True,
     dynamic_ratio: bool = False,
 ) -> Model:
     """Give a UNet token merging: similar image tokens are averaged before attention and copied back after it.
@@ -59,9 +62,13 @@ def transform(
             and not transformed yet. Of the last two the blocks over single frames are merged in, those over time never.
         ratio: Share of the tokens to remove, from 0 (the original, bit for bit) to `1 - 1 / (sx * sy)`. Half is
             where images still look the same, says the paper.
-        max_downsample: Merge at the levels whose tokens are at most this many latents wide: 1, 2, 4 or 8. None
-            is the finest level that has attention, which saves most and costs least: 1 for Stable Diffusion 1
-            and 2, 2 for SDXL.
+        tile: Side of the squares of tokens within which tokens are matched and ranked. The work of matching then grows
+            with the tokens and not with their square, and a tile of 16 x 16 merges as well as the whole grid, which
+            is what None compares, as tomesd does. At least `sx` and `sy`.
+        max_downsample: Merge at the levels whose tokens are at most this many latents wide: 1, 2, 4 or 8; "finest" is
+            the finest level that has attention, 1 for Stable Diffusion 1 and 2, 2 for SDXL. None is that level and
+            those where merging saves more than its launches cost on a GPU, at the size in the model's config: both
+            levels of SDXL, the finest of Stable Diffusion at 512 px. `tome_fx.explain` shows them.
         sx: Width of the cells that give one destination each, in tokens.
         sy: Height of the cells, in tokens. 2 x 2 lets up to three quarters of the tokens merge.
         use_rand: Choose the destination in each cell pseudo-randomly, which avoids the pattern of a regular grid.
@@ -69,14 +76,19 @@ def transform(
         seed: For `use_rand`, from 0 to 2**32 - 1. The choice is a pure function of seed and cell: the same in every
             block, step, batch and run, compiled or not. No random number generator is read or advanced.
         merge_attn: Merge around self-attention, where the cost is quadratic.
+        merge_queries: Merge queries as well as keys and values. False leaves every token its own query, so that nothing
+            is copied back: it saves less and moves the image far less.
         merge_crossattn: Merge around cross-attention as well. Costs quality for little speed.
         merge_mlp: Merge around the feed-forward as well. Costs quality.
-        prop_attn: Weigh each merged token in self-attention by how many tokens it stands for, which is meant to keep
-            the image closer to the original. False is what tomesd does, and leaves attention without a mask, which
-            some of a GPU's kernels cannot take.
-        share_match: Match before the first block of each transformer alone and merge in all its blocks by that, where
-            False matches before every block, as tomesd does. SDXL's transformers have up to ten blocks; those of
-            Stable Diffusion 1 and 2 have one each, where it is an error.
+        merge_block: Merge around whole blocks: norms, attention, cross-attention and feed-forward see merged tokens,
+            and each token is given what its slot was changed by. Saves most, above all in SDXL, and costs quality.
+        prop_attn: Weigh each merged token in self-attention by how many tokens it stands for, which keeps the image far
+            closer to the original. None does so wherever it can be done: with the attention processors of diffusers,
+            but for those that take no mask or attend across the batch, as perturbed-attention guidance does. True
+            refuses a model where it cannot, and trusts processors that are not diffusers'. False is what tomesd does.
+        share_match: Match before the first block of each transformer alone and merge in all its blocks by that, which
+            costs no quality; SDXL's transformers have up to ten blocks. False matches before every block, as tomesd
+            does.
         dynamic_ratio: Make the number of kept tokens a dynamic size, so that one compiled graph serves every ratio
             that `set_ratio` gives it. The ratio is then a whole number of thousandths, and at 0 tokens are still
             matched. False compiles once for each ratio, and 0 is free.
@@ -91,14 +103,17 @@ def transform(
     """
     plan = Plan(
         ratio=ratio,
+        tile=tile,
         max_downsample=max_downsample,
         sx=sx,
         sy=sy,
         use_rand=use_rand,
         seed=seed,
         merge_attn=merge_attn,
+        merge_queries=merge_queries,
         merge_crossattn=merge_crossattn,
         merge_mlp=merge_mlp,
+        merge_block=merge_block,
         prop_attn=prop_attn,
         share_match=share_match,
         dynamic_ratio=dynamic_ratio,

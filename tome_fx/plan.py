@@ -6,14 +6,17 @@ ints and int tensors: graphs call the same functions while they run.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 __version__ = "0.1.0"
 
-# The sub-modules of a transformer block that a scope merges around, in the order in which they run.
-SCOPES = {"merge_attn": "attn1", "merge_crossattn": "attn2", "merge_mlp": "ff"}
+PARTS = ("merge_attn", "merge_crossattn", "merge_mlp")  # options that merge around a part of a block
 DOWNSAMPLES = (1, 2, 4, 8)
+FINEST = "finest"
 MERGING = "tome_fx"  # the attribute that holds a transformed model's merging
+
+# Options of `transform` that make it tomesd's mathematics: what it is compared by.
+TOMESD: dict[str, Any] = {"tile": None, "max_downsample": FINEST, "prop_attn": False, "share_match": False}
 
 THOUSAND = 1000  # a dynamic ratio is a whole number of thousandths
 
@@ -32,16 +35,19 @@ class Plan:
     """
 
     ratio: float = 0.5
-    max_downsample: int | None = None
+    tile: int | None = 16
+    max_downsample: int | str | None = None
     sx: int = 2
     sy: int = 2
     use_rand: bool = True
     seed: int = 0
     merge_attn: bool = True
+    merge_queries: bool = True
     merge_crossattn: bool = False
     merge_mlp: bool = False
-    prop_attn: bool = False
-    share_match: bool = False
+    merge_block: bool = False
+    prop_attn: bool | None = None
+    share_match: bool = True
     dynamic_ratio: bool = False
 
     def __post_init__(self) -> None:
@@ -59,26 +65,45 @@ class Plan:
                 f"ratio must be between 0 and {highest:.4g}, the share of sources at a stride of "
                 f"{self.sx} x {self.sy}; got {self.ratio}"
             )
-        if self.max_downsample is not None and integer("max_downsample", self.max_downsample) not in DOWNSAMPLES:
-            raise ValueError(f"max_downsample must be None or one of {DOWNSAMPLES}, got {self.max_downsample}")
-        for name in ("use_rand", *SCOPES, "prop_attn", "share_match", "dynamic_ratio"):
+        if self.tile is not None and integer("tile", self.tile) < max(self.sx, self.sy):
+            raise ValueError(
+                f"tile must be None or at least {max(self.sx, self.sy)} tokens, to hold a cell of {self.sx} x {self.sy}"
+                f"; got {self.tile}"
+            )
+        asked = self.max_downsample
+        if asked is not None and asked != FINEST and integer("max_downsample", asked) not in DOWNSAMPLES:
+            raise ValueError(
+                f"max_downsample must be None, {FINEST!r} or one of {DOWNSAMPLES}, got {self.max_downsample}"
+            )
+        for name in ("use_rand", *PARTS, "merge_queries", "merge_block", "share_match", "dynamic_ratio"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not (self.prop_attn is None or isinstance(self.prop_attn, bool)):
+            raise TypeError(f"prop_attn must be True, False or None, got {self.prop_attn!r}")
         if not 0 <= integer("seed", self.seed) < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
         if self.seed and not self.use_rand:
             raise ValueError(f"seed={self.seed} does nothing with use_rand=False; leave it at 0")
         if self.dynamic_ratio and abs(round(self.ratio, 3) - self.ratio) > 1e-9:  # 0.1 + 0.2 is meant to be 0.3
             raise ValueError(f"ratio must be a whole number of thousandths with dynamic_ratio=True, got {self.ratio}")
-        if self.prop_attn and not self.merge_attn:
-            raise ValueError("prop_attn=True does nothing with merge_attn=False: it weighs merged self-attention")
-        if not self.scopes:
-            raise ValueError(f"nothing to merge: at least one of {', '.join(SCOPES)} must be True")
+        if self.merge_block:
+            self._refuse_parts_of_a_block()
+        elif not any(getattr(self, part) for part in PARTS):
+            raise ValueError(f"nothing to merge: at least one of {', '.join(PARTS)} must be True")
+        elif not self.merge_attn:
+            if self.prop_attn:
+                raise ValueError("prop_attn=True does nothing with merge_attn=False: it weighs merged self-attention")
+            if not self.merge_queries:
+                raise ValueError("merge_queries=False does nothing with merge_attn=False: it is about self-attention")
 
-    @property
-    def scopes(self) -> tuple[str, ...]:
-        """The sub-modules to merge around, a subset of `SCOPES`' values."""
-        return tuple(module for scope, module in SCOPES.items() if getattr(self, scope))
+    def _refuse_parts_of_a_block(self) -> None:
+        defaults = {"merge_attn": True, "merge_queries": True, "merge_crossattn": False, "merge_mlp": False}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={not default} does nothing with merge_block=True, which merges around the whole block; "
+                    "leave it out"
+                )
 
     @property
     def matches(self) -> bool:
@@ -95,6 +120,43 @@ class Plan:
         return scramble(self.seed) if self.use_rand else None
 
 
+class Side(NamedTuple):
+    """How a side of a grid with at least one whole cell is cut into tiles, as evenly as its cells can be dealt out.
+
+    The last tile also has the tokens beyond the last whole cell.
+
+    Args:
+        size: Tokens of the side.
+        stride: Tokens of a cell.
+        tiles: How many.
+        each: Cells of a tile.
+        more: Tiles at the beginning that have one cell more.
+    """
+
+    size: int
+    stride: int
+    tiles: int
+    each: int
+    more: int
+
+    @classmethod
+    def of(cls, size: int, stride: int, tile: int | None) -> "Side":
+        """Tiles of at most `tile` tokens, but for those beyond the last cell; None for one tile."""
+        cells = size // stride
+        count = 1 if tile is None else 1 + (cells - 1) // (tile // stride)
+        return cls(size, stride, count, cells // count, cells % count)
+
+    @property
+    def most(self) -> int:
+        """Cells of the largest tile."""
+        return (self.size // self.stride + self.tiles - 1) // self.tiles
+
+    @property
+    def longest(self) -> int:
+        """A length that no tile exceeds: exact where the tiles are of one size, or the cells leave no token over."""
+        return self.most * self.stride + self.size % self.stride
+
+
 @dataclass(frozen=True)
 class Grid:
     """A `height x width` grid of tokens and what a match leaves of it. All counts are per image."""
@@ -105,6 +167,7 @@ class Grid:
     sy: int
     ratio: float
     dynamic_ratio: bool = False
+    tile: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -138,8 +201,13 @@ class Grid:
         return "" if self.merged else f"no whole token at ratio {self.ratio}"
 
     def match_flops(self, channels: int) -> int:
-        """Multiply-adds of the score matrix, times two: every source against every destination."""
-        return 2 * (self.tokens - self.cells) * self.cells * channels
+        """Multiply-adds of all similarities, times two: of every source of a tile with every destination of it."""
+        if not self.cells:
+            return 0
+        down, right = Side.of(self.height, self.sy, self.tile), Side.of(self.width, self.sx, self.tile)
+        destinations = down.most * right.most
+        sources = down.longest * right.longest - destinations
+        return 2 * down.tiles * right.tiles * sources * destinations * channels
 
 
 def kept(height: int, width: int, ratio: float) -> int:

@@ -1,4 +1,4 @@
-"""What an attention processor does with the attention probabilities and with its mask, as far as its source shows."""
+"""What an attention processor does with attention probabilities and with its arguments, as far as its source shows."""
 
 import ast
 import functools
@@ -32,14 +32,23 @@ def stores(processor: type) -> tuple[Store, ...]:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def drops_mask(processor: type) -> bool:
-    """Whether a processor of this class takes a mask and never looks at it."""
-    return _read(_function(processor)).drops_mask
+def ignores(processor: type, argument: str) -> bool:
+    """Whether a processor of this class takes an argument of this name and never looks at it."""
+    reading = _read(_function(processor))
+    return bool(reading.takes(argument)) and not reading.takes(argument) & reading.names_read
 
 
 class _Reading(NamedTuple):
     stores: tuple[Store, ...] = ()
-    drops_mask: bool = False
+    names_read: frozenset[str] = frozenset()
+    arguments: frozenset[str] = frozenset()
+    of_many: str | None = None  # the argument that takes all others by keyword
+
+    def takes(self, name: str) -> set[str]:
+        """The argument that has what is given for this name."""
+        if name in self.arguments:
+            return {name}
+        return {self.of_many} if self.of_many else set()
 
 
 def _function(processor: type) -> Any:
@@ -60,10 +69,9 @@ def _read(function: Any) -> _Reading:
     reader = _Reader(definition.args.args[0].arg)
     for statement in definition.body:
         reader.visit(statement)
-    arguments = definition.args
-    holders = {a.arg for a in (*arguments.args, *arguments.kwonlyargs) if a.arg == "attention_mask"}
-    holders |= {arguments.kwarg.arg} if arguments.kwarg and not holders else set()
-    return _Reading(tuple(reader.stores), bool(holders) and not holders & reader.names_read)
+    given = definition.args
+    names = frozenset(argument.arg for argument in (*given.args, *given.kwonlyargs))
+    return _Reading(tuple(reader.stores), frozenset(reader.names_read), names, given.kwarg.arg if given.kwarg else None)
 
 
 class _Reader(ast.NodeVisitor):

@@ -13,55 +13,68 @@ import torch
 from torch import nn
 
 from tome_fx.families import maps
+from tome_fx.families.weights import why_unweighed
 from tome_fx.graph.dispatch import is_generated
 from tome_fx.graph.scopes import Scope
-from tome_fx.ops import SlotMap
-from tome_fx.plan import TransformError
+from tome_fx.ops import SlotMap, ratio_of
+from tome_fx.plan import MERGING, TransformError
 
-# Of perturbed-attention guidance and of text-to-video zero: they attend in parts of the batch, or across it, and would
-# give some images the weights of others.
-MIXING_PROCESSORS = (
-    "PAGIdentitySelfAttnProcessor2_0",
-    "PAGCFGIdentitySelfAttnProcessor2_0",
-    "CrossFrameAttnProcessor",
-    "CrossFrameAttnProcessor2_0",
-)
 # Hooks in these modules move or cast weights and leave tokens as they are.
 HOOKS_OF_WEIGHTS = ("diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting")
 
 
 @dataclass(frozen=True)
 class CheckBlock:
-    """Called before the forward of a rewritten block: refuses what its merged tokens cannot be given to."""
+    """Called before the forward of a rewritten block: refuses what its merged tokens cannot be given to.
+
+    Args:
+        scopes: The modules that see them.
+        queries: Whether queries are merged, where self-attention is.
+        weigh: Whether weights were asked for, so that what cannot weigh is refused.
+    """
 
     scopes: tuple[Scope, ...]
-    weigh: bool
+    queries: bool = True
+    weigh: bool = False
 
     def __call__(self, block: nn.Module, slots: SlotMap | None) -> None:
-        """Look at the modules that see merged tokens.
+        """Look at the modules that see merged tokens, unless nothing is merged.
 
         Raises:
             TransformError: A hook or a processor keeps what it saw, needs tokens in the order of the grid, mixes the
                 images of the batch, or leaves out the weights.
         """
-        for scope in self.scopes if slots is not None else ():
-            module = getattr(block, scope.module)
+        if slots is not None:
+            self.refuse(block)
+
+    def refuse(self, block: nn.Module) -> None:
+        """What a call does where tokens are merged."""
+        for scope in self.scopes:
+            module = getattr(block, scope.module, None)
+            if module is None:  # as attn2 of a block without a prompt
+                continue
             _refuse_hooks(module, scope)
             processor = getattr(module, "processor", None)
             if processor is not None:
-                self._refuse_processor(processor, scope)
+                self._refuse_processor(module, processor, scope)
+            if not self.queries and getattr(module, "fused_projections", False) and scope.keys is not None:
+                raise TransformError(
+                    "merge_queries=False merges keys and values alone, and fuse_qkv_projections has made one "
+                    "projection of them and the queries. Take it back with unfuse_qkv_projections, or merge the "
+                    "queries too"
+                )
 
-    def _refuse_processor(self, processor: Any, scope: Scope) -> None:
-        name, weighed = type(processor).__name__, self.weigh and scope.weights is not None
-        if weighed and name in MIXING_PROCESSORS:
+    def _refuse_processor(self, module: nn.Module, processor: Any, scope: Scope) -> None:
+        name = type(processor).__name__
+        if self.weigh and scope.weights is not None and (reason := why_unweighed(module)):
             raise TransformError(
-                f"{name} attends in parts of the batch or across it, and would mix up the weights that prop_attn=True "
-                "gives tokens. Leave it out, or transform with prop_attn=False"
+                f"{name} {reason}: prop_attn=True cannot weigh merged tokens there. Leave it out, or transform with "
+                "prop_attn=False"
             )
-        if weighed and maps.drops_mask(type(processor)):
+        if not self.queries and scope.keys is not None and maps.ignores(type(processor), scope.keys):
             raise TransformError(
-                f"{name} takes no notice of attention_mask, by which prop_attn=True would weigh merged tokens. Leave "
-                "it out, or transform with prop_attn=False"
+                f"{name} takes no notice of {scope.keys}, by which merge_queries=False gives it merged keys and "
+                "values. Leave it out, or merge the queries too"
             )
         for store in maps.stores(type(processor)):
             # In self-attention stores of another object are common and leave its maps unread.
@@ -94,6 +107,32 @@ class CheckStack:
             if not any(is_generated(part.forward) for part in block.modules()):  # it may be wrapped in another module
                 found = f"forward of {path} in a {type(module).__name__} is replaced by {name_of(block.forward)}"
                 raise TransformError(f"{found} since the transform: {NOTHING_MERGED}")
+
+
+@dataclass(frozen=True)
+class CheckMergedStack:
+    """Called before the forward of a module whose blocks see merged tokens, whole: refuses what cannot be among them.
+
+    Args:
+        blocks: Their names.
+        scopes: What is in them that keeps or needs tokens by place.
+        weigh: Whether weights were asked for, so that what cannot weigh is refused.
+    """
+
+    blocks: tuple[str, ...]
+    scopes: tuple[Scope, ...]
+    weigh: bool = False
+
+    def __call__(self, module: nn.Module) -> None:
+        """Look at the blocks, unless nothing is merged.
+
+        Raises:
+            TransformError: As `CheckBlock` does.
+        """
+        merging: Any = getattr(module, MERGING)
+        if ratio_of(merging.ratio):
+            for path in self.blocks:
+                CheckBlock(self.scopes, weigh=self.weigh).refuse(module.get_submodule(path))
 
 
 NOTHING_MERGED = (

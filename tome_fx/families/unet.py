@@ -1,6 +1,8 @@
 """UNets and ControlNets: where their image tokens are, what of them is copied, and how their blocks are rewritten."""
 
 import copy
+import inspect
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -15,10 +17,12 @@ from diffusers.models.unets.unet_motion_model import UNetMotionModel
 from torch import nn
 
 from tome_fx import ops
-from tome_fx.families.refusals import CheckBlock, CheckStack
-from tome_fx.graph.rewrite import MatchPass, MergePass
-from tome_fx.graph.scopes import Scope, Stack
-from tome_fx.graph.specialize import specialize
+from tome_fx.families.levels import Level, levels_of
+from tome_fx.families.refusals import CheckBlock, CheckMergedStack, CheckStack
+from tome_fx.families.weights import WEIGH
+from tome_fx.graph.rewrite import MatchPass, MergePass, StackPass
+from tome_fx.graph.scopes import Matching, Scope, Stack
+from tome_fx.graph.specialize import original, specialize
 from tome_fx.plan import MERGING, Plan, TransformError, downsampled
 
 VIDEO = (UNetMotionModel, UNet3DConditionModel)  # frames of a clip, which are a batch of images to what is rewritten
@@ -30,6 +34,7 @@ SCOPES = (
     Scope(
         "attn1",
         tokens="hidden_states",
+        keys="encoder_hidden_states",
         weights="attention_mask",
         per_token=("attention_mask",),
         option="merge_attn",
@@ -42,6 +47,7 @@ SCOPES = (
     ),
     Scope("ff", tokens="hidden_states", option="merge_mlp"),
 )
+BLOCK = tuple(replace(scope, option="merge_block") for scope in SCOPES)  # the same, where whole blocks see them
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ def merged_sites(model: nn.Module, plan: Plan) -> list[Site]:
         TransformError: The plan reaches no block of the model.
     """
     sites = find_sites(model)
+    merged = {level.downsample for level in levels(model, plan) if level.merged} if sites else set()
     if not sites or _namesakes(model):
         found = sorted({type(stage).__name__ for _, stage, _ in _stages(model)})
         raise TransformError(
@@ -92,14 +99,29 @@ def merged_sites(model: nn.Module, plan: Plan) -> list[Site]:
             f"expected a BasicTransformerBlock in a Transformer2DModel, found the stages {', '.join(found)}"
             f"{_namesakes(model)}"
         )
-    finest = min(site.downsample for site in sites)
-    deepest = finest if plan.max_downsample is None else plan.max_downsample
-    if deepest < finest:
-        raise TransformError(
-            f"max_downsample={plan.max_downsample} reaches no block of {type(model).__name__}: its finest "
-            f"attention is at a downsampling of {finest}; pass max_downsample={finest} or more, or None for the finest"
-        )
-    return [site for site in sites if site.downsample <= deepest]
+    return [site for site in sites if site.downsample in merged]
+
+
+def levels(model: nn.Module, plan: Plan) -> list[Level]:
+    """The levels of the model, from the finest on, and which of them the plan reaches.
+
+    Raises:
+        TransformError: The plan reaches no block of the model.
+    """
+    sites = find_sites(model)
+    depth = Counter(site.transformer for site in sites)
+    first = {site.transformer: site for site in reversed(sites)}.values()
+    return levels_of(model, [(site.downsample, site.channels, depth[site.transformer]) for site in first], plan)
+
+
+def scopes_of(plan: Plan) -> tuple[Scope, ...]:
+    """The modules of a block that the plan merges around; none where it merges around whole blocks."""
+    return tuple(scope for scope in SCOPES if getattr(plan, scope.option) and not plan.merge_block)
+
+
+def merged_around(plan: Plan) -> tuple[str, ...]:
+    """What the plan merges around, in words: modules of a block, or the block."""
+    return ("block",) if plan.merge_block else tuple(scope.module for scope in scopes_of(plan))
 
 
 def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]]:
@@ -111,40 +133,44 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
     """
     chosen = merged_sites(model, plan)
     _refuse_large_strides(model, plan, min(site.downsample for site in chosen))
-    if plan.share_match and len({site.transformer for site in chosen}) == len(chosen):
-        raise ValueError("share_match=True does nothing: each transformer that is reached has one block")
-    scopes = tuple(scope for scope in SCOPES if scope.module in plan.scopes)
-    if plan.prop_attn:
-        _refuse_weights_for_the_prompt(model)
+    scopes = scopes_of(plan)
+    for site in chosen:
+        _refuse_unusual_block(model.get_submodule(site.path), site, plan)
 
     # Blocks that nothing is matched for are rewritten too: handed no slot map they do what they did, and blocks of
     # merged and unmerged levels compile as one (NOTE [One class per structure]).
+    weigh, weigh_blocks = WEIGH[plan.prop_attn]
     classes = {
         site.path: specialize(
             model.get_submodule(site.path),
-            MergePass(scopes, plan.prop_attn),
+            MergePass(scopes, plan.merge_queries, weigh),
             example={"hidden_states": "3d", "encoder_hidden_states": "3d"},
             calls=("_chunked_feed_forward",),
-            check=CheckBlock(scopes, plan.prop_attn),
+            check=CheckBlock(scopes, plan.merge_queries, weigh=bool(plan.prop_attn)),
         )
         for site in find_sites(model)
+        if not plan.merge_block
     }
     _register_for_layer_skipping(set(classes.values()))
+    matching = Matching(plan.sx, plan.sy, plan.cell_seed, plan.tile, once=plan.share_match)
     for path in dict.fromkeys(site.transformer for site in chosen):
         blocks = tuple(site.block for site in chosen if site.transformer == path)
         stack = Stack(
             blocks,
             tokens="hidden_states",
-            defaults=tuple(_positional_defaults(classes[f"{path}.{block}"]) for block in blocks),
+            arguments=tuple(_positional(model.get_submodule(f"{path}.{block}")) for block in blocks),
             image="hidden_states",
             grid=ops.grid_of,
             ratio=f"{MERGING}.ratio",
+            weights="attention_mask",
+            per_token=("attention_mask", "cross_attention_kwargs.ip_adapter_masks"),
+            option="merge_block",
         )
         classes[path] = specialize(
             model.get_submodule(path),
-            MatchPass(stack, plan.sx, plan.sy, plan.cell_seed, once=plan.share_match),
+            StackPass(stack, matching, weigh_blocks) if plan.merge_block else MatchPass(stack, matching),
             example={"hidden_states": "4d", "encoder_hidden_states": "3d", "return_dict": False},
-            check=CheckStack(blocks),
+            check=CheckMergedStack(blocks, BLOCK, bool(plan.prop_attn)) if plan.merge_block else CheckStack(blocks),
         )
     return classes
 
@@ -169,12 +195,13 @@ def placed_by_users(model: nn.Module) -> Iterator[object]:
                 yield value
 
 
-def _positional_defaults(cls: Any) -> tuple[Any, ...] | None:
-    """The defaults of all arguments that a rewritten block took by position; None if it took any number."""
-    parameters = cls.structure.parameters
+def _positional(block: nn.Module) -> tuple[tuple[str, Any], ...] | None:
+    """Names and defaults of all arguments that a block takes by position; None if it takes any number."""
+    forward: Any = original(type(block)).forward
+    parameters = list(inspect.signature(inspect.unwrap(forward)).parameters.values())[1:]
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
-    return tuple(p.default for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD)
+    return tuple((p.name, p.default) for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD)
 
 
 def _register_for_layer_skipping(classes: Iterable[type[nn.Module]]) -> None:
@@ -218,14 +245,21 @@ def _namesakes(model: nn.Module) -> str:
     return f"; not diffusers' class of that name: {', '.join(places)}" if places else ""
 
 
-def _refuse_weights_for_the_prompt(model: nn.Module) -> None:
-    """In a block of only_cross_attention attn1 attends to the prompt, whose tokens are not merged."""
-    for site in find_sites(model):
-        if getattr(model.get_submodule(site.path), "only_cross_attention", False):
+def _refuse_unusual_block(block: nn.Module, site: Site, plan: Plan) -> None:
+    """Of a block of only_cross_attention attn1 attends to the prompt; positional embeddings go by a token's place."""
+    if getattr(block, "only_cross_attention", False):
+        found = f"attn1 of {site.path} attends to the prompt in a block of only_cross_attention, whose tokens are not"
+        if plan.prop_attn:
             raise TransformError(
-                f"attn1 of {site.path} attends to the prompt in a block of only_cross_attention, whose tokens are not "
-                "merged: prop_attn=True has no merged tokens to weigh there. Transform with prop_attn=False"
+                f"{found} merged: prop_attn=True has no merged tokens to weigh there. Transform with prop_attn=False"
             )
+        if not plan.merge_queries:
+            raise TransformError(f"{found} merged: merge_queries=False has no keys to merge there. Leave it out")
+    if plan.merge_block and getattr(block, "pos_embed", None) is not None:
+        raise TransformError(
+            f"{site.path} adds an embedding of its place to each token, and merged tokens have none: merge_block=True "
+            "cannot serve it. Leave it out"
+        )
 
 
 def _refuse_large_strides(model: nn.Module, plan: Plan, finest: int) -> None:

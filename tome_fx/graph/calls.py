@@ -1,11 +1,15 @@
 """Where a graph calls a named module, and with what."""
 
+import sys
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from torch import fx
 
 from tome_fx.plan import TransformError
+
+# Names and defaults of a module's positional parameters, in order; None where they are not known.
+Parameters = tuple[tuple[str, Any], ...] | None
 
 
 class Call(NamedTuple):
@@ -36,18 +40,43 @@ class Call(NamedTuple):
         else:
             self.node.update_arg(self.first, value)
 
-    def add(self, value: fx.Node, name: str, defaults: tuple[Any, ...] | None) -> None:
+    def given(self, name: str, parameters: Parameters) -> Any:
+        """What the module is given for `name`, by keyword or at its place among its positional parameters, or None."""
+        place = self.first + _place(name, parameters)
+        return self.node.args[place] if place < len(self.node.args) else self.node.kwargs.get(name)
+
+    def give(self, name: str, value: fx.Node, parameters: Parameters) -> None:
+        """Give the module another value for `name`: by keyword, or by position if it is called through a function."""
+        place = _place(name, parameters)
+        if self.first + place < len(self.node.args):
+            self.node.update_arg(self.first + place, value)
+        elif self.first == 0 or parameters is None:
+            self.node.update_kwarg(name, value)
+        else:
+            self._extend(value, [default for _, default in parameters[:place]])
+
+    def append(self, name: str, value: fx.Node, parameters: Parameters) -> None:
         """Give the module one more argument, the last that it takes by position."""
         if self.first == 0:
             self.node.update_kwarg(name, value)
             return
-        if defaults is None:
+        if parameters is None:
             raise TransformError(
                 f"{self.module} takes any number of arguments by position, and is called through "
                 f"{self.node.target}, which may pass no others: it cannot be handed what to merge"
             )
+        self._extend(value, [default for _, default in parameters])
+
+    def _extend(self, value: fx.Node, defaults: list[Any]) -> None:
+        """The value by position, after all of the module's arguments that have these defaults."""
         count = len(self.node.args) - self.first
         self.node.args = (*self.node.args, *defaults[count:], value)
+
+
+def _place(name: str, parameters: Parameters) -> int:
+    """The place of a parameter among the positional ones; beyond them all where it is none."""
+    names = [known for known, _ in parameters or ()]
+    return names.index(name) if name in names else sys.maxsize
 
 
 def calls_of(graph: fx.Graph, modules: Collection[str]) -> Iterator[Call]:

@@ -15,13 +15,17 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def refused_if_merged(argument: Any, slots: ops.SlotMap | None, name: str, module: str, option: str) -> Any:
+def refused_if_merged(
+    argument: Any, slots: ops.SlotMap | None, name: str, module: str, option: str, key: str = ""
+) -> Any:
     """The argument itself; a node of rewritten graphs.
 
     Raises:
-        TransformError: Tokens are merged, and the argument has an entry for each token of the grid.
+        TransformError: Tokens are merged, and the argument, or what it has under `key`, has an entry for each token of
+            the grid.
     """
-    if argument is not None and slots is not None:
+    value = argument.get(key) if key and argument is not None else argument
+    if value is not None and slots is not None:
         raise TransformError(
             f"{name} was given to {module}, whose tokens are merged ({option}=True): it has an entry for every image "
             f"token, and merged tokens are fewer. Leave {name} out, or transform with {option}=False"
@@ -46,6 +50,11 @@ def attend(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"tokens, one for each that it was handed: {error}. If it attends to other keys as well, such as those of "
             "another image, or takes no mask of [B, 1, K], leave it out, or transform with prop_attn=False"
         ) from error
+
+
+def merged_keys(tokens: Tensor, slots: ops.SlotMap | None) -> Tensor | None:
+    """What to attend to where keys and values alone are merged, None where nothing is; a node of rewritten graphs."""
+    return None if slots is None else ops.merge(tokens, slots)
 
 
 def either(weights: Tensor | None, mask: Tensor | None) -> Tensor | None:

@@ -1,39 +1,34 @@
-"""The two passes: each changes a graph in place, putting in match, merge and unmerge nodes.
+"""The passes: each changes a graph in place, putting in match, merge and unmerge nodes.
 
 Nothing here knows diffusers. A graph is a `torch.fx.Graph`; what to act on is described by the caller, as a `Stack` of
 blocks that share a grid and as `Scope`s, the modules in a block that see merged tokens.
 """
 
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from tome_fx import ops
 from tome_fx.graph import nodes
-from tome_fx.graph.calls import Call, calls_of
-from tome_fx.graph.scopes import Scope, Stack
+from tome_fx.graph.calls import Call, Parameters, calls_of
+from tome_fx.graph.scopes import Matching, Scope, Stack, Weigh
 from tome_fx.plan import TransformError
 
 
 @dataclass(frozen=True)
 class MatchPass:
-    """The pass for a module that calls a stack of blocks: a slot map for each of them, or one for all.
+    """The pass for a module that calls a stack of blocks: hands them slot maps, to merge by within.
 
     Args:
         stack: The blocks and their grid.
-        sx: Width of a cell, in tokens.
-        sy: Height of a cell, in tokens.
-        seed: Of the destinations, for `ops.match`.
-        once: Match before the first block alone, and hand every block that slot map.
+        matching: How they are matched.
     """
 
     stack: Stack
-    sx: int
-    sy: int
-    seed: int | None
-    once: bool = False
+    matching: Matching
 
     def __call__(self, graph: fx.Graph) -> None:
         """Change the graph in place.
@@ -42,7 +37,31 @@ class MatchPass:
             TransformError: A block of the stack is not called exactly once.
         """
         _require_one_call_each(graph, self.stack.blocks)
-        insert_match(graph, self.stack, sx=self.sx, sy=self.sy, seed=self.seed, once=self.once)
+        insert_match(graph, self.stack, self.matching)
+
+
+@dataclass(frozen=True)
+class StackPass:
+    """The pass for a module that calls a stack of blocks: they see merged tokens, whole, and are left as they are.
+
+    Args:
+        stack: The blocks and their grid.
+        matching: How they are matched.
+        weigh: Gives the weights of merged tokens by how many they stand for; None weighs none.
+    """
+
+    stack: Stack
+    matching: Matching
+    weigh: Weigh | None = None
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Change the graph in place.
+
+        Raises:
+            TransformError: A block of the stack is not called exactly once.
+        """
+        _require_one_call_each(graph, self.stack.blocks)
+        insert_merge_of_blocks(graph, self.stack, self.matching, self.weigh)
 
 
 @dataclass(frozen=True)
@@ -51,11 +70,14 @@ class MergePass:
 
     Args:
         scopes: The modules.
-        weigh: Weigh merged tokens by how many they stand for, in the scopes that take weights.
+        queries: Whether the tokens that attend are merged too, or keys and values alone, in scopes that have `keys`.
+        weigh: Gives the weights of merged tokens by how many they stand for, in the scopes that take them; None weighs
+            none.
     """
 
     scopes: tuple[Scope, ...]
-    weigh: bool = False
+    queries: bool = True
+    weigh: Weigh | None = None
 
     def __call__(self, graph: fx.Graph) -> None:
         """Change the graph in place.
@@ -64,11 +86,11 @@ class MergePass:
             TransformError: The module of a scope is not called exactly once.
         """
         _require_one_call_each(graph, tuple(scope.module for scope in self.scopes))
-        insert_merge(graph, self.scopes, weigh=self.weigh)
+        insert_merge(graph, self.scopes, queries=self.queries, weigh=self.weigh)
 
 
-def insert_match(graph: fx.Graph, stack: Stack, *, sx: int, sy: int, seed: int | None, once: bool = False) -> int:
-    """Plan a merge before each block of the stack and hand the block its slot map.
+def insert_match(graph: fx.Graph, stack: Stack, matching: Matching) -> int:
+    """Plan a merge before each block of the stack, or before the first, and hand the blocks their slot maps.
 
     Before::
 
@@ -78,48 +100,59 @@ def insert_match(graph: fx.Graph, stack: Stack, *, sx: int, sy: int, seed: int |
 
         grid = grid_of(image); height = grid[0]; width = grid[1]
         kept = kept(height, width, self.tome_fx.ratio)
-        match = match(tokens, height, width, kept=kept, sx=2, sy=2, seed=7)
+        match = match(tokens, height, width, kept=kept, sx=2, sy=2, seed=7, tile=16)
         x = self.block(tokens, slots=match)
 
     A block that is called through a function, which may pass positional arguments alone, gets its slot map as the last
     of them.
 
-    Args:
-        graph: Changed in place.
-        stack: The blocks and their grid.
-        sx: Width of a cell, in tokens.
-        sy: Height of a cell, in tokens.
-        seed: Of the destinations, for `ops.match`.
-        once: Match before the first block alone.
-
     Returns:
         How many blocks were given a slot map.
     """
-    calls = list(calls_of(graph, stack.blocks))
-    if not calls:
-        return 0
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    image = next((node for node in inputs if node.target == stack.image), None)
-    if image is None:
-        raise TransformError(f"expected an input {stack.image}, found {', '.join(str(node.target) for node in inputs)}")
-    with graph.inserting_before(inputs[-1].next):
-        grid = graph.call_function(stack.grid, (image,))
-        height, width = (graph.call_function(operator.getitem, (grid, side)) for side in (0, 1))
-        kept = graph.call_function(ops.kept, (height, width, graph.get_attr(stack.ratio)))
-    slots: fx.Node | None = None
-    for call in calls:
-        if slots is None or not once:
-            with graph.inserting_before(call.node):
-                slots = graph.call_function(
-                    ops.match,
-                    (call.argument(stack.tokens), height, width),
-                    {"kept": kept, "sx": sx, "sy": sy, "seed": seed},
-                )
-        call.add(slots, "slots", defaults=stack.defaults[stack.blocks.index(call.module)])
-    return len(calls)
+    matched = _matched(graph, stack, matching)
+    for call, slots in matched:
+        call.append("slots", slots, _arguments(stack, call))
+    return len(matched)
 
 
-def insert_merge(graph: fx.Graph, scopes: Collection[Scope], *, weigh: bool = False) -> int:
+def insert_merge_of_blocks(graph: fx.Graph, stack: Stack, matching: Matching, weigh: Weigh | None = None) -> int:
+    """Let each block of the stack see merged tokens, and add to each token what its slot is changed by.
+
+    Before::
+
+        x = self.block(tokens)
+
+    After::
+
+        merge = merge(tokens, slots)
+        y = self.block(merge)
+        x = tokens + unmerge(y - merge, slots)
+
+    Where blocks of one match follow on one another, what one returns is what the next would merge, as a merge undoes an
+    unmerge: tokens are merged before the first of them and unmerged after the last.
+
+    Returns:
+        How many blocks see merged tokens.
+    """
+    matched, runs = _matched(graph, stack, matching), _Runs()
+    for call, slots in matched:
+        parameters = _arguments(stack, call)
+        with graph.inserting_before(call.node):
+            _refuse_per_token(call, stack.per_token, parameters, slots, stack.option)
+            run = runs.through(call.argument(stack.tokens), slots)
+            call.replace(stack.tokens, run.inside)
+            if weigh and stack.weights is not None:
+                call = _weighed(call, stack.weights, run.tokens, slots, weigh, parameters)
+        runs.left(run, *_results(call.node, stack.result))
+    for end in runs.ends:
+        if not end.users:  # the run went on
+            graph.erase_node(end)
+    return len(matched)
+
+
+def insert_merge(
+    graph: fx.Graph, scopes: Collection[Scope], *, queries: bool = True, weigh: Weigh | None = None
+) -> int:
     """Let the module of each scope see merged tokens; adds the input `slots`.
 
     Before::
@@ -132,15 +165,15 @@ def insert_merge(graph: fx.Graph, scopes: Collection[Scope], *, weigh: bool = Fa
         y = self.module(merge)
         unmerge = unmerge(y, slots)
 
+    where keys and values alone are merged::
+
+        keys = merged_keys(x, slots)
+        y = self.module(x, encoder_hidden_states=keys)
+
     and where tokens are weighed and the scope takes weights::
 
-        log_sizes = log_sizes(x, slots)
-        y = attend(self.module, merge, attention_mask=log_sizes)
-
-    Args:
-        graph: Changed in place.
-        scopes: The modules.
-        weigh: Weigh merged tokens by how many they stand for.
+        weights = weigh(self.module, x, slots)
+        y = attend(self.module, merge, attention_mask=weights)
 
     Returns:
         How many modules were wrapped.
@@ -153,46 +186,144 @@ def insert_merge(graph: fx.Graph, scopes: Collection[Scope], *, weigh: bool = Fa
     for call in calls:
         scope = by_name[call.module]
         tokens = call.argument(scope.tokens)
+        keys = None if queries else scope.keys
         with graph.inserting_before(call.node):
-            for name in scope.per_token:
-                if call.node.kwargs.get(name) is not None:
-                    details = (call.node.kwargs[name], slots, name, scope.module, scope.option)
-                    checked = graph.call_function(nodes.refused_if_merged, details)
-                    call.node.update_kwarg(name, checked)
-            merged = graph.call_function(ops.merge, (tokens, slots))
-            call.replace(scope.tokens, merged)
+            _refuse_per_token(call, scope.per_token, None, slots, scope.option)
+            if keys:
+                call.node.update_kwarg(keys, graph.call_function(nodes.merged_keys, (tokens, slots)))
+            else:
+                call.replace(scope.tokens, graph.call_function(ops.merge, (tokens, slots)))
             if weigh and scope.weights is not None:
-                call = _weighed(call, scope.weights, graph.call_function(ops.log_sizes, (tokens, slots)))
-        _unmerge(call.node, scope.result, slots)
+                call = _weighed(call, scope.weights, tokens, slots, weigh)
+        if not keys:
+            for merged in _results(call.node, scope.result):
+                _replaced_after(merged, ops.unmerge, (merged, slots))
     return len(calls)
 
 
-def _weighed(call: Call, name: str, weights: fx.Node) -> Call:
-    """The call as one of `attend`, with the weights in the place of its mask."""
-    node = call.node
-    mask = node.kwargs.get(name)
-    with node.graph.inserting_before(node):
-        value = weights if mask is None else node.graph.call_function(nodes.either, (weights, mask))
-        if call.first == 0:
-            module = node.graph.get_attr(call.module)
-            attention = node.graph.call_function(nodes.attend, (module, *node.args), {**node.kwargs, name: value})
-            node.replace_all_uses_with(attention)
-            node.graph.erase_node(node)
-            return Call(attention, call.module, 1)
-    node.update_kwarg(name, value)
-    return call
+def _matched(graph: fx.Graph, stack: Stack, matching: Matching) -> list[tuple[Call, fx.Node]]:
+    """Each call of a block with the slot map of its tokens, put in before it or before the first of them."""
+    calls = list(calls_of(graph, stack.blocks))
+    if not calls:
+        return []
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    image = next((node for node in inputs if node.target == stack.image), None)
+    if image is None:
+        raise TransformError(f"expected an input {stack.image}, found {', '.join(str(node.target) for node in inputs)}")
+    with graph.inserting_before(inputs[-1].next):
+        grid = graph.call_function(stack.grid, (image,))
+        height, width = (graph.call_function(operator.getitem, (grid, side)) for side in (0, 1))
+        kept = graph.call_function(ops.kept, (height, width, graph.get_attr(stack.ratio)))
+    options: dict[str, Any] = {
+        "kept": kept,
+        "sx": matching.sx,
+        "sy": matching.sy,
+        "seed": matching.seed,
+        "tile": matching.tile,
+    }
+    matched: list[tuple[Call, fx.Node]] = []
+    for call in calls:
+        if matched and matching.once:
+            matched.append((call, matched[0][1]))
+            continue
+        with graph.inserting_before(call.node):
+            slots = graph.call_function(ops.match, (call.argument(stack.tokens), height, width), options)
+        matched.append((call, slots))
+    return matched
 
 
-def _unmerge(node: fx.Node, result: int | None, slots: fx.Node) -> None:
-    """Have everybody who reads tokens off the node's result read them unmerged."""
-    tokens = [node]
-    if result is not None:
-        tokens = [user for user in node.users if user.target is operator.getitem and user.args[1] == result]
-    for merged in tokens:
-        with node.graph.inserting_after(merged):
-            restored = node.graph.call_function(ops.unmerge, (merged, slots))
-        merged.replace_all_uses_with(restored)
-        restored.update_arg(0, merged)  # its own input, which has been replaced as well
+@dataclass
+class _Run:
+    """Blocks that follow on one another under one slot map.
+
+    Args:
+        tokens: What goes into the first of them, before it is merged.
+        merged: The same, merged.
+        inside: What goes into the next of them.
+        slots: The slot map.
+    """
+
+    tokens: fx.Node
+    merged: fx.Node
+    inside: fx.Node
+    slots: fx.Node
+
+
+class _Runs:
+    """Finds the run that a block goes on with; see `insert_merge_of_blocks`."""
+
+    def __init__(self) -> None:
+        self.ends: dict[fx.Node, _Run] = {}  # by the unmerged tokens that a run would give if it ended there
+
+    def through(self, tokens: fx.Node, slots: fx.Node) -> _Run:
+        """The run that these tokens come out of, or a new one."""
+        if tokens in self.ends and self.ends[tokens].slots is slots:
+            return self.ends[tokens]
+        merged = tokens.graph.call_function(ops.merge, (tokens, slots))
+        return _Run(tokens, merged, merged, slots)
+
+    def left(self, run: _Run, *results: fx.Node) -> None:
+        """The tokens that a block of the run has given: everybody who reads them reads them unmerged."""
+        for result in results:
+            end = _replaced_after(result, ops.changed, (run.tokens, run.merged, result, run.slots))
+            self.ends[end] = _Run(run.tokens, run.merged, result, run.slots)
+
+
+def _arguments(stack: Stack, call: Call) -> Parameters:
+    return stack.arguments[stack.blocks.index(call.module)]
+
+
+def _refuse_per_token(
+    call: Call,
+    names: tuple[str, ...],
+    parameters: Parameters,
+    slots: fx.Node,
+    option: str,
+) -> None:
+    """Have arguments with an entry for each token refused when tokens are merged."""
+    for name in names:
+        outer, _, inner = name.partition(".")
+        value = call.given(outer, parameters)
+        if value is not None:
+            details = (value, slots, inner or outer, call.module, option, inner)
+            call.give(outer, call.node.graph.call_function(nodes.refused_if_merged, details), parameters)
+
+
+def _weighed(
+    call: Call,
+    name: str,
+    tokens: fx.Node,
+    slots: fx.Node,
+    weigh: Weigh,
+    parameters: Parameters = None,
+) -> Call:
+    """The call as one of `attend`, if it is the module's own, with the weights in the place of its mask."""
+    graph = call.node.graph
+    module = graph.get_attr(call.module)
+    weights = graph.call_function(weigh, (module, tokens, slots))
+    mask = call.given(name, parameters)
+    call.give(name, weights if mask is None else graph.call_function(nodes.either, (weights, mask)), parameters)
+    if call.first:
+        return call
+    attention = graph.call_function(nodes.attend, (module, *call.node.args), dict(call.node.kwargs))
+    call.node.replace_all_uses_with(attention)
+    graph.erase_node(call.node)
+    return Call(attention, call.module, 1)
+
+
+def _results(node: fx.Node, place: int | None) -> list[fx.Node]:
+    """The nodes that are the tokens which a module returns, at this place of a tuple or alone."""
+    if place is None:
+        return [node]
+    return [user for user in node.users if user.target is operator.getitem and user.args[1] == place]
+
+
+def _replaced_after(node: fx.Node, function: Callable[..., object], arguments: tuple[fx.Node, ...]) -> fx.Node:
+    """Have everybody who reads the node read what the function makes of it and of other arguments."""
+    with node.graph.inserting_after(node):
+        result = node.graph.call_function(function, arguments)
+    node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+    return result
 
 
 def _require_one_call_each(graph: fx.Graph, modules: tuple[str, ...]) -> None:

@@ -4,27 +4,63 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
+
+from tome_fx.ops import SlotMap
+
+# Of a module, tokens and their slot map: what the module is to add to the scores of merged keys; None where it cannot.
+Weigh = Callable[[nn.Module, Tensor, SlotMap | None], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How the blocks of a stack are matched, for `ops.match`.
+
+    Args:
+        sx: Width of a cell, in tokens.
+        sy: Height of a cell, in tokens.
+        seed: Of the destinations.
+        tile: Side of the tiles, in tokens; None for the whole grid.
+        once: Match before the first block alone, and merge in every block by that slot map.
+    """
+
+    sx: int = 2
+    sy: int = 2
+    seed: int | None = None
+    tile: int | None = None
+    once: bool = False
+
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks in a row that take and return the same tokens, and where their grid is known: what `insert_match` needs.
+    """Blocks in a row that take and return the same tokens, and where their grid is known: what a pass for it needs.
 
     Args:
         blocks: Their names in the module that calls them.
         tokens: Name of a block's argument that holds the tokens `[B, N, C]`; by position it is the first.
-        defaults: For each block, the default values of its positional arguments, in order: where it is called through a
-            function, its slot map must come after all of them. None for a block that takes any number.
+        arguments: For each block, the names and default values of its positional arguments, in order, for calls through
+            a function that passes positional arguments alone. None for a block that takes any number.
         image: Name of the input of the calling module that shows the grid.
         grid: What makes height and width of that input.
         ratio: Path of the attribute of the calling module that holds the ratio, from `ops.as_read`.
+        result: Place of the tokens in the tuple that a block returns; None where it returns them alone.
+        weights: Name of the argument that takes the logarithms of the slots' sizes `[B, 1, K]`, to be added to the
+            scores of the keys; None where there is none.
+        per_token: Names of arguments with an entry for each token, which merged tokens cannot have; that of an entry in
+            a dict is the dict's and its own, `kwargs.masks`.
+        option: The option that merges around these blocks, for messages.
     """
 
     blocks: tuple[str, ...]
     tokens: str
-    defaults: tuple[tuple[Any, ...] | None, ...]
+    arguments: tuple[tuple[tuple[str, Any], ...] | None, ...]
     image: str
     grid: Callable[[Any], tuple[int, int]]
     ratio: str
+    result: int | None = None
+    weights: str | None = None
+    per_token: tuple[str, ...] = ()
+    option: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,6 +71,8 @@ class Scope:
         module: Its name in the block.
         tokens: Name of its argument that holds the tokens `[B, N, C]`; by position it is the first.
         result: Place of the tokens in the tuple that it returns; None where it returns them alone.
+        keys: Name of the argument that takes tokens to attend to, where these are others than those that attend; None
+            where there is none.
         weights: Name of the argument that takes the logarithms of the slots' sizes `[B, 1, K]`, to be added to the
             scores of the keys; None where there is none.
         per_token: Names of arguments, given by keyword, with an entry for each token, which merged tokens cannot have.
@@ -44,6 +82,7 @@ class Scope:
     module: str
     tokens: str
     result: int | None = None
+    keys: str | None = None
     weights: str | None = None
     per_token: tuple[str, ...] = ()
     option: str = ""

@@ -7,11 +7,12 @@ every input. Nothing draws random numbers.
 """
 
 from tome_fx.ops.matching import SlotMap, as_read, grid_of, kept, match, ratio_of
-from tome_fx.ops.merging import log_sizes, merge, unmerge
+from tome_fx.ops.merging import changed, log_sizes, merge, unmerge
 
 __all__ = [
     "SlotMap",
     "as_read",
+    "changed",
     "grid_of",
     "kept",
     "log_sizes",

@@ -152,7 +152,9 @@ def match(
 
     # And by slot; places without a token come last.
     place = torch.arange(slot.shape[2], device=tokens.device)
-    in_order, by_slot = torch.where(torch.cat([is_cell, is_source], dim=1), slot, place.shape[0]).sort(dim=2, stable=True)
+    in_order, by_slot = torch.where(torch.cat([is_cell, is_source], dim=1), slot, place.shape[0]).sort(
+        dim=2, stable=True
+    )
     row = count * torch.arange(batch, device=tokens.device)[:, None, None]
     is_token = place < grid.tokens
     order = _written(token.gather(2, by_slot) + row, grid.before + place * is_token, count)
@@ -176,7 +178,7 @@ def _search(tokens: Tensor, grid: Tiles, *, in_parts: bool) -> tuple[Tensor, Ten
 
 
 def _written(values: Tensor, places: Tensor, size: int) -> Tensor:
-    """int32 `[B, size]` with the values `[B, T, P]` at these places; of values for the same place any, for all are equal.
+    """int32 `[B, size]` with the values `[B, T, P]` at these places; those for one place are equal.
 
     Inductor writes a scatter of int32 itself, and leaves one of int64 to ATen.
     """

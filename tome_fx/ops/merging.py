@@ -49,7 +49,24 @@ def unmerge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
     return tokens.gather(1, slots.slot.long()[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def log_sizes(tokens: Tensor, slots: SlotMap | None) -> Tensor | None:
+def changed(tokens: Tensor, merged: Tensor, result: Tensor, slots: SlotMap | None) -> Tensor:
+    """The tokens, each with what its slot was changed by: merged tokens may be given to what adds to them.
+
+    Args:
+        tokens: `[B, N, C]`.
+        merged: What `merge` makes of them, `[B, K, C]`.
+        result: What was made of these, `[B, K, C]`.
+        slots: From `match`.
+
+    Returns:
+        `[B, N, C]`, or `result` itself where `slots` is None.
+    """
+    if slots is None:
+        return result
+    return tokens + unmerge(result - merged, slots)
+
+
+def log_sizes(tokens: Tensor, slots: SlotMap | None, heads: int = 1) -> Tensor | None:
     """The logarithm of how many tokens each slot stands for: proportional attention adds it to the scores of its keys.
 
     A key with the logarithm of a count added to its scores is attended to as that many copies of it would be. So
@@ -58,9 +75,10 @@ def log_sizes(tokens: Tensor, slots: SlotMap | None) -> Tensor | None:
     Args:
         tokens: `[B, N, C]`, for their dtype.
         slots: From `match`.
+        heads: Of attention that wants a copy for each.
 
     Returns:
-        `[B, 1, K]`, the same for every query, or None where `slots` is None.
+        `[B * heads, 1, K]`, the same for every query, or None where `slots` is None.
 
     Source: Bolya et al., "Token Merging: Your ViT But Faster" (2023), equation 1.
     """
@@ -69,4 +87,4 @@ def log_sizes(tokens: Tensor, slots: SlotMap | None) -> Tensor | None:
     batch, count = slots.slot.shape
     end = count * torch.arange(1, batch + 1, device=slots.start.device)[:, None]
     sizes = slots.start.diff(append=end).to(torch.promote_types(tokens.dtype, torch.float32))
-    return sizes.log().to(tokens.dtype)[:, None]
+    return sizes.log().to(tokens.dtype)[:, None].repeat_interleave(heads, dim=0)

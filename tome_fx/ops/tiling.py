@@ -1,19 +1,19 @@
 """Which token of the grid lies where in which tile: integer arithmetic on the grid, without data.
 
 NOTE [Tiles]
-Tokens are compared and ranked within tiles of the grid, so that the work grows with N and not with its square, and every
+Tokens are compared and ranked within tiles of the grid, so that the work grows with N and not with its square, and each
 problem is a small one of a batch. The cells of the grid, one destination each, are dealt out to the tiles as evenly as
 they can be: along a side, tiles differ by one cell at most, and the last one also has the tokens beyond the last whole
 cell. So no tile is a narrow strip, each has a destination, and the destinations are those of a search over the whole
 grid, which is one tile.
 
-All tiles are laid out as the largest would be: first a place for each destination, then one for each other token. Places
+All tiles are laid out as the largest would be: a place for each destination, then one for each other token. Places
 that a tile has no token for repeat its first destination. What is most similar to one of those is most similar to it,
 and writing something down for a token twice is writing it once.
 
 NOTE [How many merge in each tile]
-N - K tokens are merged in all. Of these the first tiles of c tokens have their share rounded down, c * (N - K) // N, for
-any number of tiles. So each tile merges its own share to within one token, and all of them exactly N - K.
+N - K tokens are merged in all. Of these the first tiles, of c tokens, have their share rounded down, c * (N - K) // N,
+for any number of tiles. So each tile merges its own share to within one token, and all of them exactly N - K.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tome_fx import plan
+from tome_fx.plan import Side, scramble
 
 
 class Tiles(NamedTuple):
@@ -42,52 +42,13 @@ class Tiles(NamedTuple):
     before: Tensor
 
 
-class _Side(NamedTuple):
-    """The tiles along one side of the grid; lengths are in tokens, and `count`, `each` and `more` are at least 1, 1, 0.
-
-    Args:
-        size: Tokens of the side.
-        stride: Tokens of a cell.
-        count: Tiles.
-        each: Cells of a tile.
-        more: Tiles at the beginning that have one cell more.
-    """
-
-    size: int
-    stride: int
-    count: int
-    each: int
-    more: int
-
-    @classmethod
-    def of(cls, size: int, stride: int, tile: int | None) -> "_Side":
-        cells = size // stride
-        count = 1 if tile is None else 1 + (cells - 1) // (tile // stride)
-        return cls(size, stride, count, cells // count, cells % count)
-
-    @property
-    def most(self) -> int:
-        """Cells of the largest tile."""
-        return (self.size // self.stride + self.count - 1) // self.count
-
-    @property
-    def longest(self) -> int:
-        """A length that no tile exceeds: exact where the tiles are of one size, or the cells leave no token over."""
-        return self.most * self.stride + self.size % self.stride
-
-    def start(self, tile: Tensor) -> Tensor:
-        """The first token of a tile; the side's size for the number after the last tile's."""
-        cell = tile * self.each + tile.clamp(max=self.more)
-        return cell * self.stride + tile // self.count * (self.size % self.stride)
-
-    def cells(self, tile: Tensor) -> Tensor:
-        """The whole cells of a tile."""
-        return self.each + (tile < self.more).long()
+def _start(side: Side, tile: Tensor) -> Tensor:
+    """The first token of a tile along a side; the side's size for the number after the last tile's."""
+    cell = tile * side.each + tile.clamp(max=side.more)
+    return cell * side.stride + tile // side.tiles * (side.size % side.stride)
 
 
-def tiles(
-    height: int, width: int, sx: int, sy: int, tile: int | None, seed: int | None, device: torch.device
-) -> Tiles:
+def tiles(height: int, width: int, sx: int, sy: int, tile: int | None, seed: int | None, device: torch.device) -> Tiles:
     """Cut a grid with at least one whole cell into tiles: a pure function of the grid and the seed.
 
     Args:
@@ -99,26 +60,26 @@ def tiles(
         seed: Chooses the destination in each cell, pseudo-randomly; None takes the top left of every cell.
         device: Of the result.
     """
-    down, right = _Side.of(height, sy, tile), _Side.of(width, sx, tile)
+    down, right = Side.of(height, sy, tile), Side.of(width, sx, tile)
     most = down.most * right.most
 
-    number = torch.arange(down.count * right.count, device=device)[:, None]
-    row, column = number // right.count, number % right.count
-    top, left = down.start(row), right.start(column)
-    tall, wide = down.start(row + 1) - top, right.start(column + 1) - left  # of the tile, in tokens
-    rows, columns = down.cells(row), right.cells(column)  # and in whole cells
+    number = torch.arange(down.tiles * right.tiles, device=device)[:, None]
+    row, column = number // right.tiles, number % right.tiles
+    top, left = _start(down, row), _start(right, column)
+    tall, wide = _start(down, row + 1) - top, _start(right, column + 1) - left  # of the tile, in tokens
+    rows, columns = tall // sy, wide // sx  # and in whole cells
     cells, tokens = rows * columns, tall * wide
 
     place = torch.arange(down.longest * right.longest, device=device)
     own = torch.where(place < most, place < cells, place - most < tokens - cells)
     index = torch.where(place < most, place, place - most + cells) * own
 
-    # The destinations of the tile come first, then the other tokens of its cells, a round of one for each after another,
+    # The destinations of the tile come first, then the other tokens of its cells, one of each cell after another,
     # then those right of its last whole cell, then those below it.
     turn, cell = index // cells, index % cells
     cell_y, cell_x = cell // columns, cell % columns
     of_grid = (top // sy + cell_y) * (width // sx) + left // sx + cell_x
-    first = 0 if seed is None else plan.scramble(of_grid + seed)
+    first = 0 if seed is None else scramble(of_grid + seed)
     inside = (turn + first) % (sx * sy)
     y, x = cell_y * sy + inside // sx, cell_x * sx + inside % sx
 

@@ -1,6 +1,8 @@
 """What a transform saves: tokens and FLOPs for each site, and the bound on the speed-up of the whole model."""
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -9,18 +11,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tome_fx.api import transformed
 from tome_fx.families.inputs import example_inputs
+from tome_fx.families.levels import Level
 from tome_fx.families.skeleton import skeleton
-from tome_fx.families.unet import VIDEO, merged_sites
+from tome_fx.families.unet import VIDEO, levels, merged_around, merged_sites
+from tome_fx.families.weights import why_unweighed_by_default
 from tome_fx.graph.specialize import original
-from tome_fx.plan import Grid, TransformError, downsampled, integer
+from tome_fx.plan import Grid, Plan, TransformError, downsampled, integer
 
 
 @dataclass(frozen=True)
 class SiteReport:
     """One site. Tokens and FLOPs are per image, or per frame of a clip; a multiply-add is two FLOPs.
 
-    `flops_before` is the block's own cost, `flops_after` its cost with merged tokens, matching included. `note`
-    says why nothing is merged, where nothing is.
+    `flops_before` is the block's own cost, `flops_after` its cost with merged tokens, matching included. `unweighed`
+    says why merged tokens are not weighed in self-attention, where they are not, and `note` why nothing is merged,
+    where nothing is.
     """
 
     path: str
@@ -32,15 +37,21 @@ class SiteReport:
     scopes: tuple[str, ...]
     flops_before: int
     flops_after: int
+    unweighed: str = ""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `explain` found; `print` shows it as a table, `rows` are its data. FLOPs are per image."""
+    """What `explain` found; `print` shows it as a table, `rows` and `levels` are its data. FLOPs are per image.
+
+    `levels` are all of the model's, with what merging at each saves and costs at the size that the model is made for:
+    by that those to merge at are chosen where `max_downsample` is None.
+    """
 
     title: str
     rows: tuple[SiteReport, ...]
+    levels: tuple[Level, ...]
     flops_before: int
     flops_after: int
 
@@ -68,7 +79,15 @@ class Report:
         lines.append(("whole model", *[""] * 5, self.flops_before / giga, self.flops_after / giga))
         heads = ("site", "grid", "tokens", "merged", "kept", "scopes", "GFLOPs before", "after")
         table = tabulate(lines, heads, floatfmt=".3f", disable_numparse=[1, 3])
-        return f"{self.title}\n\n{table}\n\nThe FLOPs bound the speed-up of the whole model at {self.bound:.3f}x."
+        reasons = Counter(row.unweighed for row in self.rows if row.unweighed)
+        notes = [f"Not weighed at {count} of {len(self.rows)} sites: {reason}." for reason, count in reasons.items()]
+        notes += [
+            f"Level of {level.height} x {level.width} tokens: {'' if level.merged else 'not '}merged; half of them "
+            f"saves {level.saved / giga:.1f} GFLOPs a transformer, and costs as much time as {level.cost / giga:.1f}."
+            for level in self.levels
+        ]
+        bound = f"The FLOPs bound the speed-up of the whole model at {self.bound:.3f}x."
+        return "\n".join([self.title, "", table, "", *notes, bound])
 
 
 def explain(model: nn.Module, height: int, width: int) -> Report:
@@ -110,7 +129,7 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
     for site in sites:
         side = downsampled(height, site.downsample), downsampled(width, site.downsample)
         matches = plan.matches and site in matching
-        grid = Grid(*side, plan.sx, plan.sy, plan.ratio, plan.dynamic_ratio)
+        grid = Grid(*side, plan.sx, plan.sy, plan.ratio, plan.dynamic_ratio, plan.tile)
         rows.append(
             SiteReport(
                 path=site.path,
@@ -119,14 +138,25 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
                 tokens=grid.tokens,
                 merged=grid.merged,
                 kept=grid.kept,
-                scopes=plan.scopes,
+                scopes=merged_around(plan),
                 flops_before=before.get(site.path, 0),  # a block may be there and not be run
                 flops_after=after.get(site.path, 0) + matches * grid.match_flops(site.channels),
+                unweighed=_unweighed(model.get_submodule(site.path), plan),
                 note=grid.note,
             )
         )
     title = f"{type(shapes).__name__} at {height} x {width} latents: ratio {plan.ratio}, cells of {plan.sx} x {plan.sy}"
-    return Report(title, tuple(rows), before[""], after[""])
+    return Report(title, tuple(rows), tuple(levels(shapes, plan)), before[""], after[""])
+
+
+def _unweighed(block: Any, plan: Plan) -> str:
+    """Why merged tokens are not weighed in a block; empty where they are."""
+    if not (plan.merge_attn or plan.merge_block):
+        return "self-attention is not merged"
+    if plan.prop_attn is not None:
+        return "" if plan.prop_attn else "prop_attn=False"
+    reason = why_unweighed_by_default(block.attn1)
+    return f"{type(getattr(block.attn1, 'processor', None)).__name__} {reason}" if reason else ""
 
 
 def _flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
