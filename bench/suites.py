@@ -12,7 +12,7 @@ RATIOS = (0.25, 0.5, 0.75)
 
 # Half of the steps unmerged, after the others or before them, and what saves as many FLOPs in all of them
 LATE, EARLY = Case("tome_fx", 0, KV, ((0.5, 0.75),)), Case("tome_fx", 0.75, KV, ((0.5, 0),))
-CONSTANT = Case("tome_fx", 0.4, KV)
+CONSTANT = Case("tome_fx", 0.38, KV)
 MORE_LATE, MORE_EARLY = Case("tome_fx", 0.25, (), ((0.5, 0.75),)), Case("tome_fx", 0.75, (), ((0.5, 0.25),))
 
 TODO, HIDIFFUSION = Case("todo", 0.75), Case("hidiffusion", 0.75)

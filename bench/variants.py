@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 import tome_fx
@@ -21,6 +21,8 @@ from bench.models import DTYPES
 from bench.peers import downsampled, patched, windowed
 from tome_fx import ops
 from tome_fx.families.unet import share
+from tome_fx.families.weights import WEIGH
+from tome_fx.graph import nodes
 from tome_fx.graph.specialize import Pass, specialize
 
 
@@ -42,6 +44,48 @@ def rounded(unet: UNet2DConditionModel, dtype: torch.dtype) -> Callable[..., Any
     return call
 
 
+def no_match(tokens: Tensor, height: int, width: int, *, kept: int | None, **_: Any) -> ops.SlotMap | None:
+    """The oracle's match: nothing is computed; views of the tokens carry N and K."""
+    return None if kept is None else ops.SlotMap(tokens, tokens, tokens[:, :kept])
+
+
+def first_tokens(tokens: Tensor, slots: ops.SlotMap | None) -> Tensor:
+    """The oracle's merge: keep the first K tokens."""
+    return tokens if slots is None else tokens[:, : slots.start.shape[1]]
+
+
+def first_keys(tokens: Tensor, slots: ops.SlotMap | None) -> Tensor | None:
+    """The oracle's merge of keys and values alone."""
+    return None if slots is None else first_tokens(tokens, slots)
+
+
+def repeat_tokens(tokens: Tensor, slots: ops.SlotMap | None) -> Tensor:
+    """The oracle's unmerge: repeat the K tokens up to N."""
+    if slots is None:
+        return tokens
+    count, kept = slots.slot.shape[1], tokens.shape[1]
+    return tokens.repeat(1, -(-count // kept), 1)[:, :count]
+
+
+def repeat_result(tokens: Tensor, merged: Tensor, result: Tensor, slots: ops.SlotMap | None) -> Tensor:
+    """The oracle's unmerge of whole blocks."""
+    return repeat_tokens(result, slots)
+
+
+def no_weights(module: nn.Module, tokens: Tensor, slots: ops.SlotMap | None) -> None:
+    """The oracle's weights: attention needs no mask."""
+
+
+FREE: dict[Any, Callable[..., Any]] = {
+    ops.match: no_match,
+    ops.merge: first_tokens,
+    ops.unmerge: repeat_tokens,
+    ops.changed: repeat_result,
+    nodes.merged_keys: first_keys,
+    **{weigh: no_weights for both in WEIGH.values() for weigh in both if weigh},
+}
+
+
 @dataclass(frozen=True)
 class Free:
     """A pass of ours, with functions that cost next to nothing in the place of its operations."""
@@ -51,9 +95,8 @@ class Free:
     def __call__(self, graph: fx.Graph) -> None:
         """Change the graph in place."""
         self.inner(graph)
-        functions: dict[Any, Any] = {ops.match: no_match, ops.merge: first_tokens, ops.unmerge: repeat_tokens}
         for node in graph.nodes:
-            node.target = functions.get(node.target, node.target)
+            node.target = FREE.get(node.target, node.target)
 
 
 def oracle(unet: UNet2DConditionModel, case: Case) -> UNet2DConditionModel:
@@ -68,24 +111,6 @@ def oracle(unet: UNet2DConditionModel, case: Case) -> UNet2DConditionModel:
                 module, Free(cls.rewrite), example=example, calls=structure.calls, check=cls.check
             )
     return result
-
-
-def no_match(tokens: Tensor, height: int, width: int, *, kept: int, **_: Any) -> ops.SlotMap:
-    """The oracle's match: nothing is computed; views of the tokens carry N and K."""
-    return ops.SlotMap(tokens, tokens, tokens[:, :kept])
-
-
-def first_tokens(tokens: Tensor, slots: ops.SlotMap | None) -> Tensor:
-    """The oracle's merge: keep the first K tokens."""
-    return tokens if slots is None else tokens[:, : slots.start.shape[1]]
-
-
-def repeat_tokens(tokens: Tensor, slots: ops.SlotMap | None) -> Tensor:
-    """The oracle's unmerge: repeat the K tokens up to N."""
-    if slots is None:
-        return tokens
-    count, kept = slots.slot.shape[1], tokens.shape[1]
-    return tokens.repeat(1, -(-count // kept), 1)[:, :count]
 
 
 @dataclass(frozen=True)
