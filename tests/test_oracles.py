@@ -34,6 +34,7 @@ from support.wrapped import wrapped
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+import tome_fx
 from tome_fx import transform
 
 Build = Callable[[], Any]
@@ -65,6 +66,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "crossattn": {"merge_crossattn": True},
     "mlp-alone": {"merge_attn": False, "merge_mlp": True},
     "everything": {"merge_crossattn": True, "merge_mlp": True, "max_downsample": 8},
+    "whole-grid": {"tile": None},
+    "small-tiles": {"tile": 6},
+    "plain": {"prop_attn": False},
+    "each-block": {"share_match": False, "max_downsample": 8},
+    "keys": {"merge_queries": False},
+    "keys-unweighed": {"merge_queries": False, "prop_attn": False},
+    "blocks": {"merge_block": True},
+    "blocks-unweighed": {"merge_block": True, "prop_attn": False},
+    "blocks-down-to-8": {"merge_block": True, "max_downsample": 8},
+    "blocks-each-by-itself": {"merge_block": True, "max_downsample": 8, "share_match": False},
+    "tomesd": tome_fx.TOMESD,
     "dynamic": {"dynamic_ratio": True},
     "dynamic-0": {"dynamic_ratio": True, "ratio": 0},
     "dynamic-everything": {"dynamic_ratio": True, "ratio": 0.3, "merge_crossattn": True, "merge_mlp": True},
@@ -99,8 +111,8 @@ def test_options_act_as_in_the_stock_model_with_wrapped_children(build: Build, n
 
 
 def test_every_option_changes_what_the_oracle_makes() -> None:
-    arguments = inputs(sd15(), *SIZE)
-    made = {name: output(wrapped(sd15(), **options), arguments) for name, options in OPTIONS.items()}
+    arguments = inputs(sdxl(), *SIZE)
+    made = {name: output(wrapped(sdxl(), **options), arguments) for name, options in OPTIONS.items()}
     for same, other in (("dynamic", "default"), ("dynamic-0", "ratio-0")):
         assert relative_error(made.pop(same), made[other]) < 1e-5
     for i, one in enumerate(made):
@@ -114,7 +126,7 @@ def test_proportional_attention_is_that_to_every_token_in_the_place_of_its_slots
     model, ratio = build(), float(name)
     arguments = inputs(model, *SIZE)
     plain, ours = (output(transform(model, ratio, use_rand=False, prop_attn=p), arguments) for p in (False, True))
-    assert relative_error(ours, output(wrapped(model, ratio, prop_attn=True), arguments)) < 1e-5
+    assert relative_error(ours, output(wrapped(model, ratio, copies=True), arguments)) < 1e-5
     assert relative_error(ours, plain) > 1e-4
 
 

@@ -26,7 +26,15 @@ from torch import nn
 
 from tome_fx import ops
 from tome_fx.families.refusals import name_of
-from tome_fx.families.unet import MODELS, Model, merged_sites, placed_by_users, rewritten_classes, share
+from tome_fx.families.unet import (
+    MODELS,
+    Model,
+    merged_sites,
+    placed_by_users,
+    rewritten_classes,
+    share,
+    weighing_processors,
+)
 from tome_fx.graph.dispatch import within
 from tome_fx.graph.specialize import original, with_own_code
 from tome_fx.plan import MERGING, Plan, TransformError
@@ -128,6 +136,8 @@ def transform(
         result.get_submodule(path).__class__ = cls
     for path in {site.transformer for site in merged_sites(model, plan)}:
         setattr(result.get_submodule(path), MERGING, merging)
+    for path, processor in weighing_processors(model, plan).items():
+        result.get_submodule(path).processor = processor
     result.__class__ = _own_class(type(model), plan)
     return result
 

@@ -17,29 +17,29 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import Tensor, nn
 
 from tome_fx import ops
-from tome_fx.families.unet import find_sites
+from tome_fx.families.unet import merged_sites
 from tome_fx.plan import Grid, Plan
 
+# What a block calls that each option merges around
+CHILDREN = {"merge_attn": "attn1", "merge_crossattn": "attn2", "merge_mlp": "ff"}
 
-def wrapped(model: Any, ratio: float = 0.5, **options: Any) -> Any:
+
+def wrapped(model: Any, ratio: float = 0.5, *, copies: bool = False, **options: Any) -> Any:
     """A copy of the model that merges as `transform` of the same options does.
 
-    Destinations are the top left tokens if not asked otherwise. With `prop_attn` keys and values are the means in the
-    place of all tokens, which is the same up to rounding.
+    Destinations are the top left tokens if not asked otherwise. With `copies` keys and values are the means in the
+    place of all tokens and nothing is weighed, which is what weights stand for.
     """
     result, plan = copy.deepcopy(model), Plan(ratio, **{"use_rand": False, **options})
-    sites = find_sites(model) if plan.matches else []
-    deepest = plan.max_downsample or min((site.downsample for site in sites), default=0)
     # The grid of a transformer's image and the slot map of its blocks' tokens, one of each for all or for each block.
     seen: dict[str, dict[str, Any]] = defaultdict(dict)
-    for site in sites:
-        if site.downsample <= deepest:
-            own = seen[site.transformer if plan.share_match else site.path]
-            _wrap_site(result.get_submodule(site.transformer), result.get_submodule(site.path), plan, own)
+    for site in merged_sites(model, plan) if plan.matches else []:
+        own = seen[site.transformer if plan.share_match else site.path]
+        _wrap_site(result.get_submodule(site.transformer), result.get_submodule(site.path), plan, own, copies)
     return result
 
 
-def _wrap_site(transformer: nn.Module, block: nn.Module, plan: Plan, seen: dict[str, Any]) -> None:
+def _wrap_site(transformer: Any, block: Any, plan: Plan, seen: dict[str, Any], copies: bool) -> None:
     def measure(call: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.clear()
         height, width = hidden_states.shape[-2:]
@@ -48,26 +48,47 @@ def _wrap_site(transformer: nn.Module, block: nn.Module, plan: Plan, seen: dict[
 
     def match(call: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         grid = seen["grid"]
-        options = {"kept": grid.kept, "sx": plan.sx, "sy": plan.sy, "seed": plan.cell_seed}
+        options = {"kept": grid.kept, "sx": plan.sx, "sy": plan.sy, "seed": plan.cell_seed, "tile": plan.tile}
         if "slots" not in seen:
             seen["slots"] = ops.match(hidden_states, grid.height, grid.width, **options)
+            seen["first"] = hidden_states
+            seen["merged"] = seen["now"] = ops.merge(hidden_states, seen["slots"])
         return call(hidden_states, *args, **kwargs)
 
     def merge(call: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         tokens = ops.merge(hidden_states, seen["slots"])
         return ops.unmerge(call(tokens, *args, **kwargs), seen["slots"])
 
-    def merge_weighted(call: Any, hidden_states: Tensor, *_: Any, **kwargs: Any) -> Any:
+    def merge_attention(call: Any, hidden_states: Tensor, *_: Any, **kwargs: Any) -> Any:
         tokens = ops.merge(hidden_states, seen["slots"])
-        kwargs["encoder_hidden_states"] = ops.unmerge(tokens, seen["slots"])
-        return ops.unmerge(call(tokens, **kwargs), seen["slots"])
+        if copies:
+            kwargs["encoder_hidden_states"] = ops.unmerge(tokens, seen["slots"])
+        elif weighed(block.attn1):
+            kwargs["attention_mask"] = ops.log_sizes(hidden_states, seen["slots"], block.attn1.heads)
+        if plan.merge_queries:
+            return ops.unmerge(call(tokens, **kwargs), seen["slots"])
+        return call(hidden_states, **{**kwargs, "encoder_hidden_states": tokens})
+
+    def merge_block(call: Any, hidden_states: Tensor, *_: Any, **kwargs: Any) -> Any:
+        if weighed(block.attn1):
+            kwargs["attention_mask"] = ops.log_sizes(hidden_states, seen["slots"], block.attn1.heads)
+        seen["now"] = call(seen["now"], **kwargs)
+        return seen["first"] + ops.unmerge(seen["now"] - seen["merged"], seen["slots"])
+
+    def weighed(attention: Any) -> bool:
+        known = type(attention.processor).__module__.startswith("diffusers.")
+        mixes = "PAG" in type(attention.processor).__name__
+        return known and not mixes if plan.prop_attn is None else plan.prop_attn
 
     known = TransformerBlockRegistry.get(type(block))  # where layer skipping looks up what a block returns
     _wrap(transformer, measure)
+    if plan.merge_block:
+        _wrap(block, merge_block)
     _wrap(block, match)
     TransformerBlockRegistry.register(type(block), replace(known, _cached_parameter_indices=None))
-    for scope in plan.scopes:
-        _wrap(block.get_submodule(scope), merge_weighted if scope == "attn1" and plan.prop_attn else merge)
+    for option, child in CHILDREN.items():
+        if getattr(plan, option) and not plan.merge_block:
+            _wrap(block.get_submodule(child), merge_attention if child == "attn1" else merge)
 
 
 def _wrap(module: nn.Module, around: Any) -> None:

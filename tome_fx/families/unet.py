@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, TypeVar
 
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -19,7 +20,7 @@ from torch import nn
 from tome_fx import ops
 from tome_fx.families.levels import Level, levels_of
 from tome_fx.families.refusals import CheckBlock, CheckMergedStack, CheckStack
-from tome_fx.families.weights import WEIGH
+from tome_fx.families.weights import WEIGH, WeighingProcessor
 from tome_fx.graph.rewrite import MatchPass, MergePass, StackPass
 from tome_fx.graph.scopes import Matching, Scope, Stack
 from tome_fx.graph.specialize import original, specialize
@@ -173,6 +174,14 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
             check=CheckMergedStack(blocks, BLOCK, bool(plan.prop_attn)) if plan.merge_block else CheckStack(blocks),
         )
     return classes
+
+
+def weighing_processors(model: nn.Module, plan: Plan) -> dict[str, WeighingProcessor]:
+    """Processors for self-attention that has diffusers' own and weighs merged tokens, by its path in the model."""
+    weighed = plan.prop_attn is not False and (plan.merge_attn or plan.merge_block)
+    paths = [f"{site.path}.attn1" for site in merged_sites(model, plan) if weighed]
+    own = [path for path in paths if type(getattr(model.get_submodule(path), "processor", None)) is AttnProcessor2_0]
+    return {path: WeighingProcessor() for path in own}
 
 
 def share(model: Model, more: Iterable[object] = ()) -> Model:

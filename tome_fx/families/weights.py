@@ -1,5 +1,26 @@
-"""Where merged tokens can be weighed by how many they stand for: which attention takes weights, and in which form."""
+"""Where merged tokens can be weighed by how many they stand for: which attention takes weights, and in which form.
 
+NOTE [Weights as a channel]
+The logarithm of a slot's size is added to the scores of its key. A mask does that, and some of a GPU's kernels take
+none: before compute capability 9.0 a mask costs FlashAttention, and from there on cuDNN's kernels take one. A channel
+does it as well: with one more of a constant c in the queries, and log(size) / (c * scale) in the keys, their product is
+the same sum. It is exact to the rounding of one number, as the mask is; c is a power of two near 1 / scale, so that no
+other rounding comes in. Values get a channel of zeros, which is cut off, for FlashAttention wants equal widths.
+
+FlashAttention's kernels are made for heads of 32, 64, 96, 128, 192 and 256 channels, and others run as the next of
+these. So the channel is free where it is one of those that would be filled up anyway: for heads of 40, 80 and 160, as
+Stable Diffusion 1 has them, and not for those of 64. The rule: a channel on a CUDA device of capability 8.x, for half
+precision, where the head stays within its kernel; a mask everywhere else.
+
+Source of the channel: "FlashBias" (2025), arXiv 2505.12044.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from tome_fx import ops
@@ -14,6 +35,16 @@ MIXING_PROCESSORS = (
     "CrossFrameAttnProcessor",
     "CrossFrameAttnProcessor2_0",
 )
+
+
+class Passing(type):
+    """The type of a class that passes for the one it is derived from where diffusers looks for that one."""
+
+    __hash__ = type.__hash__
+
+    def __eq__(cls, other: object) -> bool:
+        """Whether the other class is this one or the one it is derived from."""
+        return other is cls or other is cls.__base__
 
 
 def why_unweighed(attention: nn.Module) -> str:
@@ -31,7 +62,7 @@ def why_unweighed(attention: nn.Module) -> str:
 def why_unweighed_by_default(attention: nn.Module) -> str:
     """The same where nobody has asked for weights: processors that are none of diffusers' may attend to other keys."""
     processor = getattr(attention, "processor", None)
-    if not type(processor).__module__.startswith("diffusers."):
+    if not isinstance(processor, WeighingProcessor) and not type(processor).__module__.startswith("diffusers."):
         return "is none of diffusers', and may attend to other keys than it is given"
     return why_unweighed(attention)
 
@@ -54,6 +85,80 @@ def weights_of_block(block: nn.Module, tokens: Tensor, slots: ops.SlotMap | None
 def weights_of_block_where_taken(block: nn.Module, tokens: Tensor, slots: ops.SlotMap | None) -> Tensor | None:
     """As `weights_where_taken`, for a block that hands them to its self-attention; a node of rewritten graphs."""
     return weights_where_taken(block.attn1, tokens, slots)  # type: ignore[arg-type]
+
+
+class WeighingProcessor(AttnProcessor2_0, metaclass=Passing):  # type: ignore[misc]
+    """diffusers' own, which takes a mask as a channel where that is faster: see NOTE [Weights as a channel]."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Weights are a mask of `[B * heads, 1, K]`, the same for every query."""
+        given = (hidden_states, encoder_hidden_states, attention_mask, temb, *args)
+        heads = attn.heads
+        if attention_mask is None or attention_mask.shape[:2] != (hidden_states.shape[0] * heads, 1):
+            return super().__call__(attn, *given, **kwargs)  # type: ignore[no-any-return]
+        device, dtype = hidden_states.device, hidden_states.dtype
+        if not _is_plain(attn) or not faster_as_channel(device, dtype, attn.inner_dim // heads):
+            return super().__call__(attn, *given, **kwargs)  # type: ignore[no-any-return]
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        query, key, value = (tokens.unflatten(-1, (heads, -1)).transpose(1, 2) for tokens in projected)
+        attended = attend_by_channel(query, key, value, attention_mask.unflatten(0, (-1, heads)))
+        return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+
+
+def attend_by_channel(query: Tensor, key: Tensor, value: Tensor, weights: Tensor) -> Tensor:
+    """Attention with weights added to the scores of the keys, without a mask: see NOTE [Weights as a channel].
+
+    Args:
+        query: `[B, heads, Q, D]`.
+        key: `[B, heads, K, D]`.
+        value: `[B, heads, K, D]`.
+        weights: `[B, heads, 1, K]`.
+
+    Returns:
+        `[B, heads, Q, D]`.
+    """
+    width = query.shape[-1]
+    scale = width**-0.5
+    constant = 2.0 ** round(-math.log2(scale))
+    more = _widened(width) - width
+    query = F.pad(F.pad(query, (0, 1), value=constant), (0, more - 1))
+    key = F.pad(torch.cat([key, (weights / (constant * scale)).mT], dim=-1), (0, more - 1))
+    attended = F.scaled_dot_product_attention(query, key, F.pad(value, (0, more)), scale=scale)
+    return attended[..., :width]
+
+
+FLASH_WIDTHS = (32, 64, 96, 128, 192, 256)
+
+
+def _widened(width: int) -> int:
+    """The width of a head with one more channel: FlashAttention wants a multiple of 8."""
+    return (width + 8) // 8 * 8
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def faster_as_channel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """The rule of NOTE [Weights as a channel], for the channels of a head."""
+    if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    kernels = [next((w for w in FLASH_WIDTHS if w >= size), None) for size in (width, _widened(width))]
+    return torch.cuda.get_device_capability(device)[0] == 8 and None not in kernels and len(set(kernels)) == 1
+
+
+def _is_plain(attention: Any) -> bool:
+    """Whether attention is projections around a product, as that of a block over image tokens is."""
+    parts = ("spatial_norm", "group_norm", "norm_q", "norm_k")
+    plain = all(getattr(attention, part, None) is None for part in parts)
+    return plain and not attention.residual_connection and attention.rescale_output_factor == 1
 
 
 # What a pass is to weigh with, for attention and for whole blocks, by what `prop_attn` asks for

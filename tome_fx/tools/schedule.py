@@ -13,10 +13,12 @@ from tome_fx.plan import TransformError
 class RatioSchedule:
     """Changes the ratio of transformed models while a pipeline makes an image.
 
-    Early steps lay out the image and late ones its detail, so one may merge much first and little at the end::
+    Early steps lay out the image, and what is merged in them moves it most; late ones fill in detail. So merge late::
 
-        schedule = tome_fx.RatioSchedule({0: 0.5, 0.4: 0.25, 0.8: 0}, pipe.unet)
+        schedule = tome_fx.RatioSchedule.late(pipe.unet)
         image = pipe(prompt, callback_on_step_end=schedule).images[0]
+
+    which is ``RatioSchedule({0: 0, 0.5: 0.75}, pipe.unet)``: nothing in the first half of the steps, much in the other.
 
     A model that is compiled compiles each ratio once, in the first image. Nothing is left running between steps.
 
@@ -53,6 +55,22 @@ class RatioSchedule:
             for ratio in self.ratios.values():
                 replace(plan, ratio=ratio)  # refuses what this model cannot have, before anything is changed
         self.start()
+
+    @classmethod
+    def late(cls, *models: nn.Module, ratio: float = 0.75, start: float = 0.5) -> "RatioSchedule":
+        """Merge nothing at first, and much from a share of the steps on.
+
+        Args:
+            models: As above.
+            ratio: From then on. Three quarters save as much over all as three eighths throughout.
+            start: Share of the steps to leave as they are, above 0 and below 1.
+
+        Raises:
+            As above; a `ValueError` also of a `start` of 0, where the schedule would be no schedule.
+        """
+        if start == 0:
+            raise ValueError("start must be above 0: from the first step on, it is transform's own ratio")
+        return cls({0: 0, start: ratio}, *models)
 
     def start(self) -> None:
         """Go back to the first ratio: to be called after an image that was cut short."""
