@@ -19,9 +19,10 @@ from bench.options import add_merging, merging, note_given, refuse_idle
 from bench.peers import finest_sites
 from bench.runs import MODES, RUNS, prepare
 from bench.tables import SEARCHES, table
-from bench.variants import predict
+from bench.variants import merged, predict
 from tome_fx import ops, plan
 from tome_fx.families.skeleton import skeleton
+from tome_fx.families.weights import weights
 
 NOTE = "Weights are random, from a seed: latency does not depend on them."
 STEPS = 50  # of an end-to-end image: diffusers' default
@@ -93,7 +94,7 @@ def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int) -> dict[str,
     """The parts of one site of the finest level, each compiled alone, by what is searched: where a site's time goes."""
     site = finest_sites(unet)[0]
     side = cell.resolution // models.LATENT // site.downsample
-    block: Any = unet.get_submodule(site.path)
+    attention: Any = merged(unet, Case("tome_fx", cell.ratio)).get_submodule(f"{site.path}.attn1")
     tokens = torch.randn(cell.unet_batch, side * side, site.channels, device=unet.device, dtype=unet.dtype)
     parts: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
     for search, tile in zip(SEARCHES, (None, DEFAULTS["tile"]), strict=True):
@@ -103,8 +104,12 @@ def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int) -> dict[str,
         parts[f"match, {search}"] = (lambda x, options=options: ops.match(x, side, side, **options), (tokens,))
         parts[f"merge, {search}"] = (ops.merge, (tokens, slots))
         parts[f"unmerge, {search}"] = (ops.unmerge, (small, slots))
-    parts["attention, all tokens"] = (lambda x: block.attn1(x), (tokens,))
-    parts["attention, merged"] = (lambda x: block.attn1(x), (small,))
+    parts["attention, all tokens"] = (lambda x: attention(x), (tokens,))
+    parts["attention, merged"] = (lambda x: attention(x), (small,))
+    parts["attention, merged and weighed"] = (
+        lambda x, slots: attention(x, attention_mask=weights(attention, x, slots)),
+        (small, slots),
+    )
 
     def make(part: Callable[..., Any], inputs: tuple[Any, ...]) -> measure.Call:
         compiled = torch.compile(part, fullgraph=True)

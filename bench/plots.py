@@ -13,7 +13,7 @@ from bench.cases import ROUNDED, Case
 from bench.cells import Cell
 from bench.flops import LATENTS
 from bench.runs import RUNS
-from bench.suites import POINTS
+from bench.suites import POINTS, YARDSTICK
 
 MARKERS = {"tome_fx": "o", "v0.1": "s", "tomesd": "^", "todo": "D", "hidiffusion": "P"}
 OURS = "tome_fx+compile"
@@ -21,7 +21,7 @@ WATERFALL = ("vanilla", "sdpa", "compile", OURS)
 
 
 def write(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
-    """PNGs: quality over FLOPs of each file of qualities, times of each model in a file of latencies."""
+    """PNGs: quality over FLOPs for each file of qualities, times of each model in a file of latencies."""
     written = []
     for name, document in documents.items():
         figures = _qualities(document) if document["kind"] == "quality" else _latencies(document.get("cells", ()))
@@ -33,35 +33,37 @@ def write(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def _qualities(document: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
-    models = list(document["rows"][0]["flops_saved"])
-    figure = Figure(figsize=(4.6 * len(models), 4.4))
-    for axes, model in zip(figure.subplots(1, len(models), sharey=True, squeeze=False)[0], models, strict=True):
-        draw_frontier(axes, document["rows"], model)
-        axes.set(title=f"{model}, {LATENTS} x {LATENTS} latents", xlabel="FLOPs of the UNet saved")
-    figure.axes[0].set_ylabel("PSNR to stock's image, dB")
-    figure.axes[-1].legend(fontsize=8)
+    figure = Figure(figsize=(7, 5))
+    axes = figure.subplots()
+    draw_frontier(axes, document["rows"], document["pipeline"])
+    axes.set_xlabel(f"FLOPs of the UNet saved, {LATENTS} x {LATENTS} latents")
+    axes.set_ylabel("PSNR to stock's image of {width} x {height} px, dB".format(**document["size"]))
     yield "flops", figure
 
 
 def draw_frontier(axes: Any, rows: list[dict[str, Any]], model: str) -> None:
     """What is lost over what is gained, by row: PSNR over the share of a model's FLOPs, and which of ours are best."""
-    places: dict[str, dict[Case, tuple[float, float]]] = {variant: {} for variant in MARKERS}
-    for row in rows:
-        case = Case.read(row["case"])
-        if case.variant in ROUNDED:
-            axes.axhline(fmean(row["psnr"]), color="grey", linewidth=0.8, linestyle=":")
-            axes.annotate(case.variant, (0, fmean(row["psnr"])), fontsize=7, color="grey")
-        elif case.variant in places and None not in row["psnr"]:
-            places[case.variant][case] = row["flops_saved"][model], fmean(row["psnr"])
+    points = {
+        Case.read(row["case"]): (row["flops_saved"][model], fmean(row["psnr"]))
+        for row in rows
+        if None not in row["psnr"]
+    }
     for variant, marker in MARKERS.items():
-        if places[variant]:
-            axes.scatter(*zip(*places[variant].values(), strict=True), s=24, marker=marker, label=variant)
-    if best := frontier(places["tome_fx"].values()):
-        axes.plot(*zip(*best, strict=True), linewidth=0.8, zorder=0)
+        places = {case: place for case, place in points.items() if case.variant == variant}
+        if places:
+            axes.scatter(*zip(*places.values(), strict=True), s=24, marker=marker, label=variant)
+        for case, place in places.items():
+            if variant != "tome_fx":
+                axes.annotate(f"{case.ratio:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=7)
+    best = frontier(place for case, place in points.items() if case.variant == "tome_fx")
+    axes.plot(*zip(*best, strict=True), linewidth=0.8, zorder=0)
     for name, case in POINTS.items():
-        if place := places["tome_fx"].get(case):
-            axes.annotate(name, place, textcoords="offset points", xytext=(6, 6), fontsize=9, weight="bold")
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
+        if case in points:
+            axes.annotate(name, points[case], textcoords="offset points", xytext=(6, 6), fontsize=9, weight="bold")
+    if YARDSTICK in points:
+        axes.axhline(points[YARDSTICK][1], color="grey", linewidth=0.8, linestyle=":", label=ROUNDED[YARDSTICK.variant])
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.legend(fontsize=8)
 
 
 def frontier(places: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -9,6 +9,7 @@ from tabulate import tabulate
 
 from bench import cold, demo, documents, quality_tables, tables
 from bench.cells import Cell
+from bench.flops import LATENTS
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
@@ -42,17 +43,19 @@ def _cold(document: dict[str, Any]) -> list[str]:
 
 
 def _quality(document: dict[str, Any]) -> list[str]:
-    if "timed" not in document:
-        raise ValueError("the rows of quality have no times: python -m bench quality --time SIDE --json PATH")
-    timed = document["timed"]
     setting = (
-        f"{document['count']} images of the pipeline {document['pipeline']}, {document['steps']} steps, guidance "
-        f"{document['guidance']:g}, {document['dtype']} on {document['device']}; "
-        f"means with 95 % confidence intervals. {machine(document['machine'])}. "
-        f"Speed-ups of an eager call of the UNet at {timed['latents']} x {timed['latents']} latents, {timed['dtype']} "
-        f"on {timed['device']}, the median over rounds and their range: `python -m bench {' '.join(timed['argv'])}`, "
-        f"commit {timed['machine']['commit']}."
+        f"{document['count']} images of {document['size']['width']} x {document['size']['height']} px of the pipeline "
+        f"{document['pipeline']}, {document['steps']} steps, guidance {document['guidance']:g}, {document['dtype']} on "
+        f"{document['device']}; means with 95 % confidence intervals. {machine(document['machine'])}. "
+        f"FLOPs saved are those of a UNet call at {LATENTS} x {LATENTS} latents, matching taken off, of a schedule the "
+        "mean of its steps; where a row names no levels, each model merges at those that pay in it."
     )
+    if timed := document.get("timed"):
+        setting += (
+            f" Speed-ups of an eager call of the UNet at {timed['latents']} x {timed['latents']} latents, "
+            f"{timed['dtype']} on {timed['device']}, the median over rounds and their range: "
+            f"`python -m bench {' '.join(timed['argv'])}`, commit {timed['machine']['commit']}."
+        )
     pairs = (
         "Differences between two rows, image by image, for prompts and seeds are the same: means with 95 % confidence "
         "intervals. Where one holds 0, the rows may be alike."
