@@ -66,6 +66,8 @@ QUESTIONS: tuple[tuple[str, Case, Case], ...] = (
         for ratio in (0.25, 0.5)
     ),
     *(("keys and values - all", Case("tome_fx", ratio, KV), Case("tome_fx", ratio)) for ratio in (0.5, 0.75)),
+    ("keys and values - all, of as many FLOPs", Case("tome_fx", 0.75, KV), Case("tome_fx", 0.5)),
+    ("keys and values - `todo`", Case("tome_fx", 0.75, KV), TODO),
     ("keys and values, late - early", LATE, EARLY),
     ("keys and values, late - throughout", LATE, CONSTANT),
     ("more merged late - early", MORE_LATE, MORE_EARLY),
