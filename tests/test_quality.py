@@ -279,6 +279,7 @@ def test_rows_are_added_to_those_of_the_file_and_timed_in_turns(tmp_path: Path) 
     assert not any("ms" in row for row in more["rows"])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_with_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
