@@ -172,7 +172,8 @@ def attention_kernel(card: Card, query: Tensor, key: Tensor, value: Tensor, mask
     widths = query.shape[-1], value.shape[-1]
     half = query.dtype in (torch.float16, torch.bfloat16)
     even = all(width % (8 if half else 4) == 0 for width in widths)
-    if card.capability[0] in (9, 10) and half and even and max(widths) <= 128 and key.shape[-2] != 1:
+    shaped = mask is None or mask.dim() in (2, 4)
+    if card.capability[0] in (9, 10) and half and even and max(widths) <= 128 and key.shape[-2] != 1 and shaped:
         return "cudnn"
     if mask is None and half and widths[0] == widths[1] <= 256:
         return "flash"
