@@ -66,7 +66,7 @@ def changed(tokens: Tensor, merged: Tensor, result: Tensor, slots: SlotMap | Non
     return tokens + unmerge(result - merged, slots)
 
 
-def log_sizes(tokens: Tensor, slots: SlotMap | None) -> Tensor | None:
+def log_sizes(tokens: Tensor, slots: SlotMap | None, heads: int = 1) -> Tensor | None:
     """The logarithm of how many tokens each slot stands for: proportional attention adds it to the scores of its keys.
 
     A key with the logarithm of a count added to its scores is attended to as that many copies of it would be. So
@@ -84,6 +84,9 @@ def log_sizes(tokens: Tensor, slots: SlotMap | None) -> Tensor | None:
     if slots is None:
         return None
     batch, count = slots.slot.shape
-    end = count * torch.arange(1, batch + 1, device=slots.start.device)[:, None]
-    sizes = slots.start.diff(append=end).to(torch.promote_types(tokens.dtype, torch.float32))
-    return sizes.log().to(tokens.dtype)[:, None]
+    start = slots.start.flatten()
+    sizes = F.pad(start[1:], (0, 1), value=batch * count) - start
+    weights = sizes.to(torch.promote_types(tokens.dtype, torch.float32)).log().to(tokens.dtype)
+    kept = slots.start.shape[1]
+    weights = F.pad(weights.view(batch, 1, 1, kept).expand(-1, heads, -1, -1).reshape(-1, 1, kept), (0, -kept % 8))
+    return weights.as_strided((batch * heads, 1, kept), weights.stride())
