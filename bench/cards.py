@@ -11,6 +11,8 @@ as aten/src/ATen/native/transformers/cuda/sdp_utils.cpp and attention.cpp beside
 or newer, for dense tensors without gradients.
 """
 
+import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +67,9 @@ def pretend(name: str) -> None:
     Args:
         name: One of `CARDS`.
     """
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")  # of torch, about what is off here or could be faster
+    import diffusers.loaders.peft  # noqa: F401  # first, for it imports what would open the card
     import triton
     from torch._inductor import config
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -199,9 +204,10 @@ def _attention(
         result = operator(query, key, value, dropout_p, is_causal, False, scale=scale)[0][..., :width]
     elif kernel == "efficient":
         if attn_mask is not None:
+            *strides, last = attn_mask.stride()
+            if last != 1 or any(not isinstance(stride, int) or stride % 8 for stride in strides):
+                attn_mask = pad(attn_mask, (0, 8 - keys % 8))[..., :keys]
             attn_mask = attn_mask.expand(*query.shape[:-1], keys)
-            if keys % 16:
-                attn_mask = pad(attn_mask, (0, -keys % 16))[..., :keys]
         operator = aten._scaled_dot_product_efficient_attention.default
         result = operator(query, key, value, attn_mask, False, dropout_p, is_causal, scale=scale)[0]
     else:

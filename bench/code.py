@@ -141,7 +141,7 @@ def table(document: dict[str, Any]) -> str:
             lines.append(
                 [
                     level["card"],
-                    f"{height} x {width} x {channels}, {level['blocks']} blocks",
+                    f"{height} x {width}, {channels}, {level['blocks']}",
                     form,
                     launches(row) if row is stock else f"{launches(row) - launches(stock):+d}",
                     "" if row is stock else ", ".join(f"{n:+d} {call}" for call, n in sorted(added.items()) if n),

@@ -222,7 +222,7 @@ def _bytes(shape: ast.expr, strides: ast.expr, dtype: ast.expr) -> int:
 
 
 def _node(node: Any) -> Node:
-    name = node.node.get_kernel_name() if node.is_extern() else ""
+    name = (node.node.python_kernel_name or type(node.node).__name__) if node.is_extern() else ""
     called = KINDS["gemm"].fullmatch(name) or KINDS["aten"].fullmatch(name)
     call = called[1] if called else name
     flops = _attention_flops(*node.node.inputs[:3]) if "attention" in call else node.estimate_flops() or 0
