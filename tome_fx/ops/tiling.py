@@ -8,9 +8,9 @@ cell. So no tile is a narrow strip, each has a destination, and the destinations
 grid, which is one tile.
 
 All tiles are laid out alike, as whole cells, as many as the largest has or has begun. What a tile lacks of that are
-gaps. Its P tokens have a position, in the order of rows, and a place: one for the destination of each cell, then a round
-of one further token of each cell after another. A cell that is not whole has no last token. Its round begins with that
-gap, where the destination of a whole one would be, and so all of its tokens are sources.
+gaps. Its P tokens have a position, in the order of rows, and a place: one for the destination of each cell, then one
+round after another of one further token of each cell. A cell that is not whole has no last token. Its rounds begin with
+that gap, where the destination of a whole one would be, and so all of its tokens are sources.
 
 NOTE [How many merge in each tile]
 N - K tokens are merged in all. Of these the first tiles, of c tokens, have their share rounded down, c * (N - K) // N,
