@@ -464,6 +464,13 @@ def test_slots_are_recorded_and_the_model_is_left_without_hooks() -> None:
     assert not any(module._forward_pre_hooks for module in unet.modules())
 
 
+def test_blocks_without_a_slot_map_make_no_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = tome_fx.transform(one_stage(), 0.5, merge_block=True)
+    monkeypatch.setattr(viz, "generate", lambda *args, **how: pictures(1))
+    with pytest.raises(ValueError, match="no block has a slot map to draw: none has at a ratio of 0 or with merge_bl"):
+        viz.merge_maps(tmp_path / "map.png", SimpleNamespace(unet=unet), "a circle", "map", steps=1, guidance=1.0)
+
+
 def test_a_grid_is_written_with_a_column_for_each_title(tmp_path: Path) -> None:
     images = [torch.rand(3, 8, 8) for _ in range(2)]
     viz.grid(tmp_path / "two.png", {"a": images, "b": images}, ["first", "second"])
