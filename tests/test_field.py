@@ -583,14 +583,15 @@ def test_what_a_processor_keeps_of_attention_is_read_off_its_source(processor: t
     assert sorted(set(kept(processor))) == expected
 
 
-def test_no_processor_of_diffusers_for_images_and_prompts_is_taken_for_one_that_keeps_maps_or_drops_masks() -> None:
+def test_no_processor_of_diffusers_is_taken_for_one_that_keeps_maps_or_leaves_out_what_it_is_given() -> None:
     named = {name: value for name, value in vars(attention_processor).items() if "Processor" in name}
     found = {name: value for name, value in named.items() if isinstance(value, type)}
     assert len(found) > 10
     assert not [name for name, processor in found.items() if kept(processor)]
-    assert not [name for name in ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor",
-                                  "IPAdapterAttnProcessor2_0", "AttnAddedKVProcessor2_0")
-                if maps.drops_mask(found[name])]  # fmt: skip
+    plain = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
+    for argument, others in (("attention_mask", ("AttnAddedKVProcessor2_0",)), ("encoder_hidden_states", ())):
+        names = [*plain, "IPAdapterAttnProcessor2_0", *others]
+        assert not [name for name in names if maps.ignores(found[name], argument)]
 
 
 @pytest.mark.parametrize("keep", [False, True])

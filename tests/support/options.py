@@ -1,0 +1,33 @@
+"""Options of `transform`, each by itself: what holds of a transform is shown for every one of them."""
+
+from typing import Any
+
+import pytest
+
+from tome_fx import TOMESD
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "whole-grid": {"tile": None},
+    "small-tiles": {"tile": 6},
+    "weighed": {"prop_attn": True},
+    "unweighed": {"prop_attn": False},
+    "each-block": {"share_match": False},
+    "finest": {"max_downsample": "finest"},
+    "keys": {"merge_queries": False},
+    "blocks": {"merge_block": True},
+    "blocks-each": {"merge_block": True, "share_match": False},
+    "tomesd": TOMESD,
+}
+MODES = ("keys", "blocks")  # those that make other graphs than the default does
+
+
+def each_option(*fast: str) -> pytest.MarkDecorator:
+    """The options in turn, all but those named marked slow."""
+    return pytest.mark.parametrize(
+        "options",
+        [
+            pytest.param(options, id=name, marks=() if name in fast else pytest.mark.slow)
+            for name, options in OPTIONS.items()
+        ],
+    )
