@@ -41,7 +41,8 @@ test-all: $(READY) ## Run every test, as CI does
 # The warning is of importing diffusers 0.36 where there is no CUDA: the option can go when the floor is past that.
 test-floor: $(FLOOR_READY) ## Run the library's fast tests on the oldest torch and diffusers supported, in JOBS processes
 	$(FLOOR)/bin/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal \
-		--ignore tests/test_bench.py --ignore tests/test_quality.py --ignore tests/test_shapes.py \
+		--ignore tests/cuda_code --ignore tests/test_bench.py \
+		--ignore tests/test_quality.py --ignore tests/test_shapes.py \
 		-W "ignore:User provided device_type of 'cuda':UserWarning"
 
 lint: $(READY) ## Check style, types, and that the README's numbers are those of bench/results

@@ -6,6 +6,7 @@ the tokens hold. Dtypes are kept, gradients are right, nothing is random, two ru
 depends on data, so that every compiler takes the operations whole.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -20,8 +21,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tome_fx import ops, plan
+from tome_fx.ops import matching
 
 Grid = tuple[int, int, int, int]  # height, width, sx, sy
 GRIDS: list[Grid] = [(4, 4, 2, 2), (7, 9, 2, 2), (5, 3, 2, 2), (8, 8, 4, 4), (9, 6, 4, 4), (6, 7, 2, 3), (3, 8, 1, 2)]
@@ -59,19 +62,24 @@ def random_tokens(
     return torch.randn(batch, count, channels, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def match(tokens: Tensor, grid: Grid, ratio: float, seed: int | None = None) -> ops.SlotMap | None:
+def match(
+    tokens: Tensor, grid: Grid, ratio: float, seed: int | None = None, tile: int | None = None
+) -> ops.SlotMap | None:
     height, width, sx, sy = grid
-    return ops.match(tokens, height, width, kept=plan.kept(height, width, ratio), sx=sx, sy=sy, seed=seed)
+    kept = plan.kept(height, width, ratio)
+    return ops.match(tokens, height, width, kept=kept, sx=sx, sy=sy, seed=seed, tile=tile)
 
 
-def matched(tokens: Tensor, grid: Grid, ratio: float, seed: int | None = None) -> ops.SlotMap:
-    slots = match(tokens, grid, ratio, seed)
+def matched(tokens: Tensor, grid: Grid, ratio: float, seed: int | None = None, tile: int | None = None) -> ops.SlotMap:
+    slots = match(tokens, grid, ratio, seed, tile)
     assert slots is not None, "nothing is merged"
     return slots
 
 
-def round_trip(tokens: Tensor, grid: Grid, ratio: float, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    slots = matched(tokens, grid, ratio, seed)
+def round_trip(
+    tokens: Tensor, grid: Grid, ratio: float, seed: int | None, tile: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    slots = matched(tokens, grid, ratio, seed, tile)
     merged = ops.merge(tokens, slots)
     return slots.slot, merged, ops.unmerge(merged, slots)
 
@@ -94,17 +102,44 @@ def cosine(a: list[float], b: list[float]) -> float:
     return sum(v * w for v, w in zip(a, b, strict=True)) / length if length else 0.0
 
 
-def naive_slots(tokens: list[list[float]], grid: Grid, ratio: float, seed: int | None) -> dict[int, int]:
-    """The cell that each destination and each merged source belongs to; sources that stay alone are left out."""
-    destinations = naive_destinations(grid, seed)
-    best = {}
-    for source in range(len(tokens)):
-        if source not in destinations:
-            scores = [cosine(tokens[source], tokens[destination]) for destination in destinations]
+def naive_tiles(grid: Grid, tile: int | None) -> list[list[int]]:
+    """The tokens of each tile: cells dealt out evenly along each side, what is beyond the last of them to the last."""
+    height, width, sx, sy = grid
+
+    def edges(size: int, stride: int) -> list[int]:
+        cells = size // stride
+        count = 1 if tile is None else math.ceil(cells / (tile // stride))
+        own = [cells // count + (i < cells % count) for i in range(count)]
+        return [stride * sum(own[:i]) for i in range(count)] + [size]
+
+    rows, columns = edges(height, sy), edges(width, sx)
+    return [
+        [y * width + x for y in range(top, bottom) for x in range(left, right)]
+        for top, bottom in itertools.pairwise(rows)
+        for left, right in itertools.pairwise(columns)
+    ]
+
+
+def naive_slots(
+    tokens: list[list[float]], grid: Grid, ratio: float, seed: int | None, tile: int | None = None
+) -> dict[int, int]:
+    """The slot that each destination and each merged source belongs to; sources that stay alone are left out."""
+    destinations, total = naive_destinations(grid, seed), int(len(tokens) * ratio)
+    slots: dict[int, int] = {}
+    before = first = 0
+    for members in naive_tiles(grid, tile):
+        own = [token for token in destinations if token in members]
+        best = {}
+        for source in set(members) - set(own):
+            scores = [cosine(tokens[source], tokens[destination]) for destination in own]
             best[source] = max(scores), scores.index(max(scores))
-    closest = sorted(best, key=lambda source: best[source][0], reverse=True)
-    slots = {destination: cell for cell, destination in enumerate(destinations)}
-    return slots | {source: best[source][1] for source in closest[: int(len(tokens) * ratio)]}
+        after = before + len(members)
+        merged = after * total // len(tokens) - before * total // len(tokens)
+        closest = sorted(best, key=lambda source: best[source][0], reverse=True)
+        slots |= {destination: first + cell for cell, destination in enumerate(own)}
+        slots |= {source: first + best[source][1] for source in closest[:merged]}
+        before, first = after, first + len(members) - merged
+    return slots
 
 
 def naive_merge(tokens: list[list[float]], slot: list[int], kept: int) -> list[list[float]]:
@@ -115,17 +150,17 @@ def naive_merge(tokens: list[list[float]], slot: list[int], kept: int) -> list[l
 def assert_slot_map(slot: Tensor, count: int, ratio: float, batch: int) -> int:
     """Every slot of K is used and no other, in each image; returns K."""
     kept = count - int(count * ratio)
-    assert (slot.dtype, slot.shape) == (torch.int64, (batch, count))
+    assert (slot.dtype, slot.shape) == (torch.int32, (batch, count))
     for places in slot.tolist():
         assert set(places) == set(range(kept))
     return kept
 
 
-def assert_matches_naive(tokens: Tensor, grid: Grid, ratio: float, seed: int | None) -> None:
-    slot, merged, restored = round_trip(tokens, grid, ratio, seed)
+def assert_matches_naive(tokens: Tensor, grid: Grid, ratio: float, seed: int | None, tile: int | None = None) -> None:
+    slot, merged, restored = round_trip(tokens, grid, ratio, seed, tile)
     kept = assert_slot_map(slot, tokens.shape[1], ratio, tokens.shape[0])
     for image, places, means, spread in zip(tokens.tolist(), slot.tolist(), merged, restored, strict=True):
-        expected = naive_slots(image, grid, ratio, seed)
+        expected = naive_slots(image, grid, ratio, seed, tile)
         assert {token: places[token] for token in expected} == expected
         reference = torch.tensor(naive_merge(image, places, kept), dtype=tokens.dtype, device=tokens.device)
         torch.testing.assert_close(means, reference, rtol=1e-12, atol=1e-12)
@@ -133,14 +168,75 @@ def assert_matches_naive(tokens: Tensor, grid: Grid, ratio: float, seed: int | N
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tile", [None, 4, 5, 6])
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_match_merge_and_unmerge_are_what_plain_loops_give(grid: Grid, seed: int | None, device: str) -> None:
+def test_match_merge_and_unmerge_are_what_plain_loops_give(
+    grid: Grid, seed: int | None, tile: int | None, device: str
+) -> None:
     height, width, sx, sy = grid
     tokens = random_tokens(height * width).to(device)
     for ratio in (0.1, 0.3, 0.5, 1 - 1 / (sx * sy)):
         if ratio <= 1 - 1 / (sx * sy):
-            assert_matches_naive(tokens, grid, ratio, seed)
+            assert_matches_naive(tokens, grid, ratio, seed, tile)
+
+
+@pytest.mark.parametrize("tile", [2, 4, 8])
+@pytest.mark.parametrize("ratio", [0.3, 0.75])
+def test_tiles_of_every_remainder_are_what_plain_loops_give(tile: int, ratio: float) -> None:
+    for height, width in itertools.product((2, 3, 8, 9, 11, 13), (2, 5, 8, 10, 15)):
+        assert_matches_naive(random_tokens(height * width), (height, width, 2, 2), ratio, 7, tile)
+
+
+def test_a_tile_as_large_as_the_grid_is_the_whole_grid() -> None:
+    tokens = random_tokens(8 * 10)
+    whole, tile = (matched(tokens, (8, 10, 2, 2), 0.4, 3, tile) for tile in (None, 10))
+    assert all(torch.equal(*pair) for pair in zip(whole, tile, strict=True))
+    assert not torch.equal(whole.slot, matched(tokens, (8, 10, 2, 2), 0.4, 3, 4).slot)
+
+
+def test_every_tile_merges_its_own_share_and_all_of_them_what_is_asked() -> None:
+    grid = (22, 37, 2, 2)
+    tokens = random_tokens(22 * 37)
+    for ratio in (0.1, 0.37, 0.5, 0.7):
+        slot = matched(tokens, grid, ratio, 3, 8).slot
+        assert_slot_map(slot, 22 * 37, ratio, 2)
+        for members in naive_tiles(grid, 8):
+            for image in slot:
+                merged = len(members) - len(image[members].unique())
+                assert abs(merged - ratio * len(members)) <= 1.01
+
+
+def test_a_search_in_parts_gives_the_bits_of_a_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = random_tokens(48 * 40, channels=64, dtype=torch.float32)
+    at_once = matched(tokens, (48, 40, 2, 2), 0.5, 3)
+    monkeypatch.setattr(matching, "SCORES", 2**20)
+    for whole, parts in zip(at_once, matched(tokens, (48, 40, 2, 2), 0.5, 3), strict=True):
+        assert torch.equal(whole, parts)
+
+
+def largest(side: int, tile: int | None) -> int:
+    """Bytes of the largest tensor of a site that is matched, merged, weighed and unmerged, without its tokens."""
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            sizes.extend(part.numel() * part.itemsize for part in tree_leaves(result) if isinstance(part, Tensor))
+            return result
+
+    with FakeTensorMode(), Sizes():
+        tokens = torch.empty(1, side * side, 8)
+        slots = matched(tokens, (side, side, 2, 2), 0.5, 3, tile)
+        ops.unmerge(ops.merge(tokens, slots), slots)
+        ops.log_sizes(tokens, slots, 8)
+    return max(sizes)
+
+
+def test_the_largest_tensor_of_a_site_grows_with_its_tokens_and_of_the_whole_grid_stays_bounded() -> None:
+    per_token = [largest(side, 16) / side**2 for side in (32, 64, 128, 256)]
+    assert max(per_token) < 1.01 * min(per_token)
+    assert largest(128, None) <= matching.SCORES
 
 
 def test_a_token_of_length_zero_is_similar_to_nothing() -> None:
@@ -151,36 +247,17 @@ def test_a_token_of_length_zero_is_similar_to_nothing() -> None:
         assert_matches_naive(tokens, (7, 9, 2, 2), ratio, None)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_destinations_first_is_a_permutation_that_begins_with_one_token_of_each_cell(
-    grid: Grid, seed: int | None
-) -> None:
-    height, width, sx, sy = grid
-    order = ops.destinations_first(*grid, seed, torch.device("cpu")).tolist()
-    cells = (height // sy) * (width // sx)
-    assert sorted(order) == list(range(height * width))
-    assert order[:cells] == naive_destinations(grid, seed)
-    inner: list[int] = []
-    beside: list[int] = []
-    below: list[int] = []
-    for token in sorted(set(order) - set(order[:cells])):
-        y, x = divmod(token, width)
-        (below if y >= height // sy * sy else beside if x >= width // sx * sx else inner).append(token)
-    assert set(order[cells : cells * sx * sy]) == set(inner)
-    assert order[cells * sx * sy :] == beside + below
-
-
 def test_another_seed_is_another_choice_of_destinations() -> None:
-    orders = {tuple(ops.destinations_first(8, 8, 2, 2, seed, torch.device("cpu")).tolist()) for seed in SEEDS}
-    assert len(orders) == len(SEEDS)
+    constant = torch.ones(1, 64, 4)
+    slots = {tuple(matched(constant, (8, 8, 2, 2), 0.25, seed).slot[0].tolist()) for seed in SEEDS}
+    assert len(slots) == len(SEEDS)
 
 
 # Properties, over grids and tokens that nobody chose.
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Tensor, Grid, float, int | None]:
+def cases(draw: st.DrawFn) -> tuple[Tensor, Grid, float, int | None, int | None]:
     """Tokens with duplicates, all equal at the extreme, on any grid; some are zero."""
     height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     sx, sy = draw(st.sampled_from([(2, 2), (1, 2), (2, 1), (3, 2), (2, 3), (4, 4)]))
@@ -190,20 +267,21 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Grid, float, int | None]:
     palette[: draw(st.integers(0, 2))] = 0
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     pick = torch.randint(distinct, (draw(st.integers(1, 3)), height * width), generator=generator)
-    return palette[pick], (height, width, sx, sy), ratio, draw(st.none() | st.integers(0, 2**32 - 1))
+    seed, tile = draw(st.none() | st.integers(0, 2**32 - 1)), draw(st.none() | st.integers(max(sx, sy), 6))
+    return palette[pick], (height, width, sx, sy), ratio, seed, tile
 
 
-Case = tuple[Tensor, Grid, float, int | None]
+Case = tuple[Tensor, Grid, float, int | None, int | None]
 many = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @many
 @given(cases())
 def test_a_merge_keeps_k_tokens_unmerged_ones_exactly_and_ties_and_zeros_are_harmless(case: Case) -> None:
-    tokens, grid, ratio, seed = case
+    tokens, grid, ratio, seed, tile = case
     height, width, sx, sy = grid
     batch, count, channels = tokens.shape
-    slots = match(tokens, grid, ratio, seed)
+    slots = match(tokens, grid, ratio, seed, tile)
     if height < sy or width < sx:
         assert slots is None
         assert ops.merge(tokens, slots) is tokens
@@ -230,9 +308,9 @@ def test_a_merge_keeps_k_tokens_unmerged_ones_exactly_and_ties_and_zeros_are_har
 @many
 @given(cases(), st.integers(-8, 8))
 def test_a_constant_image_is_left_exactly_as_it_is(case: Case, value: int) -> None:
-    tokens, grid, ratio, seed = case
+    tokens, grid, ratio, seed, tile = case
     constant = torch.full_like(tokens, value)
-    slots = match(constant, grid, ratio, seed)
+    slots = match(constant, grid, ratio, seed, tile)
     assert torch.equal(ops.unmerge(ops.merge(constant, slots), slots), constant)
 
 
@@ -241,9 +319,9 @@ def test_a_constant_image_is_left_exactly_as_it_is(case: Case, value: int) -> No
 def test_a_token_that_is_not_finite_leaves_the_slot_map_whole_and_spoils_its_slot_alone(
     case: Case, value: float, number: int
 ) -> None:
-    tokens, grid, ratio, seed = case
+    tokens, grid, ratio, seed, tile = case
     tokens[0, :number] = value
-    slots = match(tokens, grid, ratio, seed)
+    slots = match(tokens, grid, ratio, seed, tile)
     if slots is None:
         return
     kept = assert_slot_map(slots.slot, tokens.shape[1], ratio, tokens.shape[0])
@@ -381,7 +459,7 @@ def test_unmerge_is_one_gather() -> None:
     merged = ops.merge(tokens, slots)
     with Recorder() as recorder:
         ops.unmerge(merged, slots)
-    assert recorder.names == ["gather"]
+    assert recorder.names == ["_to_copy", "gather"]  # which takes indices of 64 bits alone
 
 
 def test_merge_and_unmerge_have_the_gradients_of_their_formulas() -> None:
@@ -445,6 +523,8 @@ class Sites(nn.Module):
             ops.log_sizes(x, matched(x, (7, 9, 2, 2), 0.4, 3)),  # type: ignore[return-value]
             *round_trip(x, (7, 9, 2, 2), 0.4, None),
             *round_trip(y, (6, 8, 2, 3), 0.7, 2**32 - 1),
+            *round_trip(x, (7, 9, 2, 2), 0.4, 3, 4),
+            *round_trip(y, (6, 8, 2, 2), 0.4, 3, 4),
         )
 
 

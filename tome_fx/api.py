@@ -95,8 +95,8 @@ def transform(
             but for those that take no mask or attend across the batch, as perturbed-attention guidance does. True
             refuses a model where it cannot, and trusts processors that are not diffusers'. False is what tomesd does.
         share_match: Match before the first block of each transformer alone and merge in all its blocks by that, which
-            costs no quality; SDXL's transformers have up to ten blocks. False matches before every block, as tomesd
-            does.
+            costs a decibel at most; SDXL's transformers have up to ten blocks. False matches before every block, as
+            tomesd does.
         dynamic_ratio: Make the number of kept tokens a dynamic size, so that one compiled graph serves every ratio
             that `set_ratio` gives it. The ratio is then a whole number of thousandths, and at 0 tokens are still
             matched. False compiles once for each ratio, and 0 is free.
