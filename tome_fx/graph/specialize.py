@@ -81,6 +81,7 @@ def specialize(
     *,
     example: Mapping[str, Hashable],
     calls: tuple[str, ...] = (),
+    reads: tuple[str, ...] = (),
     check: Check | None = None,
 ) -> type[nn.Module]:
     """The class whose forward is the rewritten graph of `module`'s; `module` itself is untouched.
@@ -93,13 +94,14 @@ def specialize(
         rewrite: The pass that every graph goes through. Equal passes share a class, so it must be hashable.
         example: A call to trace at once: the `kind` of each argument given, by name.
         calls: Functions that the graph calls instead of entering them; see `Structure`.
+        reads: Attributes that the forward reads of its children; see `Structure.of`.
         check: Called before each forward with the module and the inputs that the pass added. Hashable as well.
 
     Raises:
         TransformError: From the trace or the pass, where it cannot serve the example.
     """
     base: Any = original(type(module))
-    structure = Structure.of(module, base, calls)
+    structure = Structure.of(module, base, calls, reads)
     kinds = tuple(example.get(p.name, _kind_of_default(p)) for p in structure.parameters)
     signature = kinds, structure.settings(module)
     key = (structure, rewrite, check)
