@@ -4,6 +4,8 @@ Against loops over single tokens. A grid that is given by coordinates is merged 
 whole tiles, and as exactly everywhere else; pictures are never mixed in a cell.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -38,9 +40,9 @@ def slots_of(found: ops.SlotMap) -> list[set[frozenset[int]]]:
 def test_a_slot_stands_at_its_destination_or_at_its_only_token(
     height: int, width: int, seed: int | None, tile: int | None
 ) -> None:
-    options = {"sx": 2, "sy": 2, "seed": seed, "tile": tile}
-    found = ops.match(tokens(2, height * width), height, width, kept=height * width // 2, **options)  # type: ignore[arg-type]
-    stands = ops.places(found, height, width, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"sx": 2, "sy": 2, "seed": seed, "tile": tile}
+    found = ops.match(tokens(2, height * width), height, width, kept=height * width // 2, **options)
+    stands = ops.places(found, height, width, **options)
     assert found is not None
     assert stands is not None
     destinations = set(tiles(height, width, 2, 2, tile, seed, found.slot.device).destination.flatten().tolist())
@@ -99,15 +101,15 @@ def test_what_is_merged_along_a_line_is_the_mean_of_each_slot_and_comes_back(pic
     ids = coordinates(*pictures)
     count = len(ids)
     image, line = tokens(2, count), ops.line_of(ids, 2, 2)
-    options = {"sx": 4, "sy": 1, "seed": 3, "tile": 16}
-    found = ops.match_along(image, line, 1, count, kept=count - count // 2, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"sx": 4, "sy": 1, "seed": 3, "tile": 16}
+    found = ops.match_along(image, line, 1, count, kept=count - count // 2, **options)
     assert found is not None
     merged, back = ops.merge(image, found), ops.unmerge(ops.merge(image, found), found)
     for b, slots in enumerate(slots_of(found)):
         assert len(slots) == count - count // 2
         for slot in slots:
             torch.testing.assert_close(back[b, list(slot)], image[b, list(slot)].mean(0).expand(len(slot), -1))
-    stands = ops.places(found, 1, count, line=line, **options)  # type: ignore[arg-type]
+    stands = ops.places(found, 1, count, line=line, **options)
     assert stands is not None
     assert torch.equal(found.slot.gather(1, stands), torch.arange(merged.shape[1]).expand(2, -1).int())
     destinations = tiles(1, count, 4, 1, 16, 3, line.device).destination.flatten()

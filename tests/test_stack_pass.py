@@ -107,7 +107,7 @@ def stack(**changed: Any) -> Stack:
     return Stack(**{**options, **changed})
 
 
-def rewritten(module: Holder, *, tile: int | None = None, **changed: Any) -> Holder:
+def rewritten(module: Any, *, tile: int | None = None, **changed: Any) -> Any:
     """The module, of the class that the pass makes for it."""
     matching = Matching(tile=tile, once=True)
     module.__class__ = specialize(module, StackPass(stack(**changed), matching), example={"image": "4d", "table": "2d"})
@@ -178,7 +178,7 @@ def test_an_argument_may_be_made_of_others_and_be_there_for_merged_tokens_alone(
 
 def test_a_grid_is_made_of_further_arguments_too() -> None:
     module = rewritten(Holder(), grid=half, grid_arguments=(2,))
-    (match,) = type(module).graph.find_nodes(op="call_function", target=ops.match)  # type: ignore[attr-defined]
+    (match,) = type(module).graph.find_nodes(op="call_function", target=ops.match)
     grid = match.args[1].args[0]
     assert (grid.target, grid.args[1]) == (half, 2)
     assert module(**tensors())[1].shape == (2, HEIGHT * WIDTH, 3)

@@ -227,13 +227,13 @@ class Lists(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
         for number, layer in enumerate(self.layers):
-            layer.last = number == last  # type: ignore[assignment]
+            vars(layer)["last"] = number == last
 
     def forward(self, x: Tensor, residuals: Any = None, skipped: Any = None) -> Any:
         for number, layer in enumerate(self.layers):
             if skipped is None or number not in skipped:
                 x = layer(x)
-            if residuals is not None and layer.last is False:
+            if residuals is not None and not layer.last:
                 x = x + residuals[number % len(residuals)]
         return x
 
@@ -261,7 +261,7 @@ def test_lists_of_tensors_and_of_numbers_reach_a_forward_as_lists() -> None:
 
 def test_lists_are_taken_while_compiling_whatever_numbers_are_in_them(fresh_dynamo: None, counter: Any) -> None:
     module = Lists()
-    compiled = torch.compile(specialized(module, reads=("last",)), backend=counter, fullgraph=True)
+    compiled: Any = torch.compile(specialized(module, reads=("last",)), backend=counter, fullgraph=True)
     for arguments in 2 * calls_with_lists():
         assert_same_output(compiled(inputs()["x"], **arguments), module(inputs()["x"], **arguments))
     assert counter.frame_count == len(calls_with_lists())

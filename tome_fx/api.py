@@ -26,17 +26,10 @@ from torch import nn
 
 from tome_fx import ops
 from tome_fx.families.refusals import name_of
-from tome_fx.families.unet import (
-    MODELS,
-    Model,
-    merged_sites,
-    placed_by_users,
-    rewritten_classes,
-    share,
-    weighing_processors,
-)
+from tome_fx.families.registry import family_of
+from tome_fx.families.unet import Model, placed_by_users, share
 from tome_fx.graph.dispatch import within
-from tome_fx.graph.specialize import original, with_own_code
+from tome_fx.graph.specialize import with_own_code
 from tome_fx.plan import MERGING, Plan, TransformError
 
 
@@ -127,18 +120,19 @@ def transform(
         dynamic_ratio=dynamic_ratio,
     )
     _check_model(model)
+    family = family_of(model)
     result = share(model, placed_by_users(model))
     for module in result.modules():
         vars(module).pop("forward", None)  # the class's own, which hooks leave there: it would hide the rewritten one
     merging = Merging(plan)
     setattr(result, MERGING, merging)
-    for path, cls in rewritten_classes(model, plan).items():
+    for path, cls in family.rewritten_classes(model, plan).items():
         result.get_submodule(path).__class__ = cls
-    for path in {site.transformer for site in merged_sites(model, plan)}:
+    for path in {site.transformer for site in family.merged_sites(model, plan)}:
         setattr(result.get_submodule(path), MERGING, merging)
-    for path, processor in weighing_processors(model, plan).items():
+    for path, processor in family.weighing_processors(model, plan).items():
         result.get_submodule(path).processor = processor
-    result.__class__ = _own_class(type(model), plan)
+    result.__class__ = _own_class(type(result), plan)
     return result
 
 
@@ -163,7 +157,7 @@ def set_ratio(model: nn.Module, ratio: float) -> None:
     model, merging = transformed(model)
     plan = replace(merging.plan, ratio=ratio)
     if plan != merging.plan:
-        own = _own_class(original(type(model)), plan)
+        own = _own_class(type(model), plan)
         with _nothing_compiling():
             merging.ratio = ops.as_read(plan.ratio, dynamic=plan.dynamic_ratio)
             model.__class__ = own
@@ -208,7 +202,7 @@ def transformed(model: nn.Module) -> tuple[nn.Module, Merging]:
         TransformError: The model is not transformed.
     """
     model = getattr(model, "_orig_mod", model)
-    _check_type(model)
+    family_of(model)
     merging = getattr(model, MERGING, None)
     if merging is None:
         raise TransformError(f"{type(model).__name__} is not transformed: pass what tome_fx.transform returned")
@@ -229,22 +223,11 @@ def compiled_parts(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(part for child in model.children() for part in compiled_parts(child)))
 
 
-def _check_type(model: object) -> None:
-    if not isinstance(model, MODELS):
-        *names, last = (cls.__name__ for cls in MODELS)
-        found, hint = type(model).__name__, ""
-        if found in (*names, last):
-            found, hint = f"{type(model).__module__}.{found}", ", a class of the same name from elsewhere"
-        elif hasattr(model, "unet"):
-            hint = "; pass pipe.unet, not the pipeline"
-        raise TypeError(f"model must be a {', '.join(names)} or {last}, got {found}{hint}")
-
-
 def _check_model(model: nn.Module) -> None:
     if hasattr(model, "_orig_mod"):
         name = type(model).__name__
         raise TransformError(f"model is compiled already ({name}): transform it first, then compile the result")
-    _check_type(model)
+    family_of(model)
     if hasattr(model, MERGING):
         raise TransformError(
             "model is transformed already: change its ratio with tome_fx.set_ratio, or transform the original instead"
