@@ -126,13 +126,13 @@ class CheckMergedStack:
     hooks: bool = False
 
     def __call__(self, module: nn.Module) -> None:
-        """Look at the blocks, unless nothing is merged.
+        """Look at the blocks, unless nothing is matched: at a dynamic ratio of 0 tokens are.
 
         Raises:
             TransformError: As `CheckBlock` does.
         """
-        merging: Any = getattr(module, MERGING)
-        if ratio_of(merging.ratio):
+        ratio = getattr(module, MERGING).ratio
+        if not isinstance(ratio, str) or ratio_of(ratio):
             for path in self.blocks:
                 block = module.get_submodule(path)
                 if self.hooks:
