@@ -26,6 +26,7 @@ class Facts:
         line: What makes a line of it, where it is no image; see `Stack`.
         result: Place of the image's tokens in what a block returns; None where it returns them alone.
         attention: Names of the attention modules in a block, the one whose keys are image tokens first.
+        processor: What attention has that does not know its own, after `diffusers.models`.
         adapted: Arguments of a block with a row for each token.
         weights: Name of the argument of a block that takes weights as a mask, where there is one.
         weigh: Another argument that carries weights: what makes it where they are asked for, and where they are taken
@@ -44,6 +45,7 @@ class Facts:
     line: Callable[..., Tensor] | None = None
     result: int | None = 1
     attention: tuple[str, ...] = ("attn",)
+    processor: str = "attention_processor.AttnProcessor2_0"
     adapted: tuple[Adapted, ...] = ()
     weights: str | None = None
     weigh: tuple[Adapted, Adapted] | None = None
@@ -80,6 +82,7 @@ SD3 = Facts(
     image="hidden_states",
     grid=grids.grid_of_patches,
     attention=("attn", "attn2"),
+    processor="attention_processor.JointAttnProcessor2_0",
     unweighed="takes no mask, by which merged tokens would be weighed",
     reads=("context_pre_only",),
 )
@@ -119,6 +122,7 @@ FACTS: dict[str, Facts] = {
         image="img_shapes",
         grid=grids.row_of_shapes,
         line=grids.line_of_shapes,
+        processor="transformers.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0",
         adapted=(Adapted("image_rotary_emb", rotary.beside_text),),
         unweighed="takes no mask but that of the text, and merged tokens would be weighed by one",
         packed=transformer_inputs.PACKED,

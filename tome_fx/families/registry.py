@@ -40,6 +40,9 @@ class Family(Protocol):
     def why_unweighed(self, model: nn.Module, site: Site) -> str:
         """Why merged tokens are not weighed in a block where nobody has asked for it; empty where they are."""
 
+    def plain_processor(self, model: nn.Module, attention: Any) -> object:
+        """The processor that attention of the model has when nobody has put in another."""
+
     def example_inputs(
         self, model: nn.Module, height: int, width: int, *, batch: int = 2, device: torch.device | str = "cpu"
     ) -> dict[str, Any]:

@@ -9,12 +9,13 @@ among them. Left out is what a processor does besides attention: the image promp
 images of PAG. Feed-forwards in chunks count whole, and FreeNoise, which goes over a clip in windows, counts one.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from diffusers.configuration_utils import FrozenDict
-from diffusers.models.attention import BasicTransformerBlock, FreeNoiseTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0, AttnProcessor2_0
+from diffusers.models.attention import AttentionModuleMixin, BasicTransformerBlock, FreeNoiseTransformerBlock
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,13 +26,21 @@ QUANTIZED = (nn.Linear, nn.Conv2d)  # what quantization has classes of its own f
 SWITCHED_OFF = {"training": False, "gradient_checkpointing": False, "_chunk_size": None}  # of any module that has them
 
 
-def skeleton(model: Model) -> Model:
+def skeleton(model: Model, processor: Callable[[Any], object]) -> Model:
     """The model's structure on the meta device, in evaluation mode; see NOTE [What of a model is counted].
 
     Every module is new and every tensor an empty one of the same shape: float32 where it has floating point, which
     all operations take. Other attributes are shared. The model is left as it is, and none of its values is read.
+
+    Args:
+        model: The model.
+        processor: Gives the processor of diffusers' that attention of the model has when nobody has put in another.
     """
     result: Any = _module(model, {})
+    for attention in result.modules():
+        if isinstance(attention, (Attention, AttentionModuleMixin)):
+            attention._modules.pop("processor", None)  # one with weights of its own, which is not called either
+            vars(attention)["processor"] = processor(attention)
     if getattr(getattr(result, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj":
         # The adapter stands in the place of the prompt's own projection, which it has put aside if there was one.
         result.encoder_hid_proj = own = getattr(result, "text_encoder_hid_proj", None)
@@ -65,11 +74,6 @@ def _module(module: nn.Module, known: dict[int, Any]) -> nn.Module:
         result._buffers[name] = None if buffer is None else _empty(buffer)
     for name, child in module._modules.items():
         result._modules[name] = None if child is None else _module(child, known)
-
-    if isinstance(result, Attention):
-        result._modules.pop("processor", None)  # one with weights of its own, which is not called either
-        added = result.added_kv_proj_dim is not None
-        vars(result)["processor"] = AttnAddedKVProcessor2_0() if added else AttnProcessor2_0()
     return result  # type: ignore[no-any-return]
 
 

@@ -4,6 +4,7 @@ What differs between models is data (facts.py). The blocks are left as they are,
 compilation by blocks are none of merging's business.
 """
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -155,6 +156,15 @@ def why_unweighed(model: nn.Module, site: Site) -> str:
     attention = model.get_submodule(f"{site.path}.{facts.attention[0]}")
     reason = facts.unweighed or why_unweighed_by_default(attention)
     return f"{type(getattr(attention, 'processor', None)).__name__} {reason}" if reason else ""
+
+
+def plain_processor(model: nn.Module, attention: Any) -> object:
+    """The processor that attention of the model has when nobody has put in another."""
+    own = getattr(attention, "_default_processor_cls", None)
+    if own is None:
+        module, _, name = _facts(model).processor.rpartition(".")
+        own = getattr(importlib.import_module(f"diffusers.models.{module}"), name)
+    return own()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any, TypeVar
 
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import AttnAddedKVProcessor2_0, AttnProcessor2_0
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -181,6 +181,11 @@ def why_unweighed(model: nn.Module, site: Site) -> str:
     attention: Any = model.get_submodule(f"{site.path}.attn1")
     reason = why_unweighed_by_default(attention)
     return f"{type(getattr(attention, 'processor', None)).__name__} {reason}" if reason else ""
+
+
+def plain_processor(model: nn.Module, attention: Any) -> object:
+    """The processor that attention of the model has when nobody has put in another."""
+    return AttnProcessor2_0() if attention.added_kv_proj_dim is None else AttnAddedKVProcessor2_0()
 
 
 def share(model: Model, more: Iterable[object] = ()) -> Model:
