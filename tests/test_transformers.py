@@ -381,7 +381,8 @@ def test_explain_asks_for_whole_tokens() -> None:
 def test_diagnose_finds_nothing_to_mend(name: str, fresh_dynamo: None) -> None:
     result = transformed(MODELS[name]())
     with torch.no_grad():
-        found = tome_fx.diagnose(torch.compile(result, backend="eager", fullgraph=True), **inputs(result))
+        compiled: Any = torch.compile(result, backend="eager", fullgraph=True)
+        found = tome_fx.diagnose(compiled, **inputs(result))
     assert found.healthy, str(found)
     assert (found.graphs_first_call, found.graphs_second_call) == (1, 0)
     assert "merging around block" in str(found)
