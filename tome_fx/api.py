@@ -52,7 +52,7 @@ def transform(
     share_match: bool = True,
     dynamic_ratio: bool = False,
 ) -> Model:
-    """Give a UNet token merging: similar image tokens are averaged before attention and copied back after it.
+    """Give a model token merging: similar image tokens are averaged before attention and copied back after it.
 
     Returns a new model which shares every parameter and buffer with the one given. It is of a class derived from that
     one's, which bears its name and is equal to it. The model given is left as it is. The result runs eagerly, and
@@ -61,6 +61,8 @@ def transform(
     Args:
         model: A `UNet2DConditionModel`, `ControlNetModel`, `UNetMotionModel` or `UNet3DConditionModel`, not compiled
             and not transformed yet. Of the last two the blocks over single frames are merged in, those over time never.
+            Or a transformer, with `merge_block=True`: a `PixArtTransformer2DModel`, `SD3Transformer2DModel`,
+            `SD3ControlNetModel`, `FluxTransformer2DModel`, `FluxControlNetModel` or `QwenImageTransformer2DModel`.
         ratio: Share of the tokens to remove, from 0 (the original, bit for bit) to `1 - 1 / (sx * sy)`. Half is
             where images still look the same, says the paper.
         tile: Side of the squares of tokens within which tokens are matched and ranked. The work of matching then grows
@@ -82,11 +84,14 @@ def transform(
         merge_crossattn: Merge around cross-attention as well. Costs quality for little speed.
         merge_mlp: Merge around the feed-forward as well. Costs quality.
         merge_block: Merge around whole blocks: norms, attention, cross-attention and feed-forward see merged tokens,
-            and each token is given what its slot was changed by. Saves most, above all in SDXL, and costs quality.
+            and each token is given what its slot was changed by. Saves most, above all in SDXL, and costs quality. In
+            transformers it is what there is; where places are turned into queries and keys, a merged token has the
+            place of its destination.
         prop_attn: Weigh each merged token in self-attention by how many tokens it stands for, which keeps the image far
             closer to the original. None does so wherever it can be done: with the attention processors of diffusers,
-            but for those that take no mask or attend across the batch, as perturbed-attention guidance does. True
-            refuses a model where it cannot, and trusts processors that are not diffusers'. False is what tomesd does.
+            but for those that take no mask, as in SD 3 and Qwen-Image, or attend across the batch, as
+            perturbed-attention guidance does. True refuses a model where it cannot, and trusts processors that are not
+            diffusers'. False is what tomesd does.
         share_match: Match before the first block of each transformer alone and merge in all its blocks by that, which
             costs no quality; SDXL's transformers have up to ten blocks. False matches before every block, as tomesd
             does.
