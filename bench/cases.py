@@ -1,45 +1,75 @@
-"""What is merged: a case is a variant and its options, and a row of a table of quality."""
+"""What is merged: a case is a variant, a ratio and options, and a row of a table of quality."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
+import tome_fx
+
 STOCK = "stock"
-SCOPES = {
-    "attn": {},
-    "attn+crossattn": {"merge_crossattn": True},
-    "all": {"merge_crossattn": True, "merge_mlp": True},
+ROUNDED = {  # stock again, in half precision: what is no further from stock than one of these is as good as exact
+    "bf16": "a bf16 UNet is this far from an fp32 one",
+    "fp16": "an fp16 UNet is this far from an fp32 one",
 }
-# What some variants do not let one choose; ToDo drops three of four keys and values, whatever the ratio
-FIXED: dict[str, dict[str, Any]] = {
-    STOCK: {"ratio": 0.0, "scope": "attn", "max_downsample": None},
-    "tomesd": {"max_downsample": None},
-    "todo": {"ratio": 0.75, "scope": "attn", "max_downsample": None},
-}
+# What `tome_fx.transform` can be told besides the model and the ratio, each with its default
+DEFAULTS = {name: p.default for name, p in signature(tome_fx.transform).parameters.items() if p.kind is p.KEYWORD_ONLY}
+Options = tuple[tuple[str, Any], ...]
+
+
+def options(**given: Any) -> Options:
+    """Options of `tome_fx.transform` by their names, in one order; those that are its defaults are left out."""
+    return tuple(sorted((name, value) for name, value in given.items() if (name, value) not in DEFAULTS.items()))
+
+
+def told(given: Options) -> str:
+    """Options in words, as a call has them."""
+    return ", ".join(f"{name}={value!r}" for name, value in given)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is merged, and by which of `bench.variants.VARIANTS`."""
+    """What is merged.
+
+    Args:
+        variant: By what: a key of `bench.variants.VARIANTS`.
+        ratio: Share of the tokens to remove.
+        options: Of `tome_fx.transform`, from `options`.
+        schedule: What the ratio changes to, each from a share of the steps on, in their order; before the first it is
+            `ratio`. Empty where it stays.
+    """
 
     variant: str = STOCK
     ratio: float = 0.0
-    scope: str = "attn"
-    max_downsample: int | None = None
+    options: Options = ()
+    schedule: tuple[tuple[float, float], ...] = ()
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> "Case":
+        """What `stored` gave."""
+        schedule = tuple((share, ratio) for share, ratio in stored["schedule"])
+        return cls(stored["variant"], stored["ratio"], options(**stored["options"]), schedule)
+
+    def stored(self) -> dict[str, Any]:
+        """Itself for a JSON."""
+        return {
+            "variant": self.variant,
+            "ratio": self.ratio,
+            "options": dict(self.options),
+            "schedule": [list(change) for change in self.schedule],
+        }
+
+    @property
+    def ratios_told(self) -> str:
+        """The ratio, and what it changes to, in words."""
+        return ", ".join([f"{self.ratio:g}", *(f"{ratio:g} from {share:.0%}" for share, ratio in self.schedule)])
 
     @property
     def title(self) -> str:
-        """A few words for a picture, other ones for each case: scope and levels where they are not the default."""
-        words = [self.variant, f"ratio {self.ratio:g}"]
-        words += [self.scope] if self.scope != "attn" else []
-        words += [f"levels {self.max_downsample}"] if self.max_downsample else []
-        return ", ".join(words)
+        """A few words for a picture, other ones for each case."""
+        return ", ".join(filter(None, [self.variant, f"ratio {self.ratios_told}", told(self.options)]))
 
-    def check(self) -> None:
-        """Refuse an option that the variant would pass over.
-
-        Raises:
-            ValueError: Named are the option, what is allowed and what came.
-        """
-        for name, allowed in FIXED.get(self.variant, {}).items():
-            if getattr(self, name) != allowed:
-                raise ValueError(f"{name} must be {allowed} for {self.variant}, got {getattr(self, name)}")
+    def ratios(self, steps: int) -> list[float]:
+        """The ratio of each of so many steps, as a `tome_fx.RatioSchedule` has it."""
+        changes = ((0.0, self.ratio), *self.schedule)
+        return [next(ratio for share, ratio in reversed(changes) if share <= step / steps) for step in range(steps)]

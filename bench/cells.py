@@ -1,9 +1,11 @@
 """Where latency is measured: a cell is a table, a suite many cells."""
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from bench.cases import SCOPES
+from bench.cases import Options, options, told
 from bench.runs import RUNS
 
 
@@ -14,7 +16,8 @@ class Cell:
     Args:
         resolution: Pixels along a side of the image.
         batch: Images. The UNet sees twice as many under classifier-free guidance.
-        ratio: Of the rows that heed it, as is `scope`; `FIXED` has those that do not.
+        ratio: Of the rows that heed it.
+        options: Of the rows that heed them; those that they have of their own come before.
         guidance: Whether it does.
         end_to_end: Whether a sample is a whole image, through pipeline, scheduler and VAE.
     """
@@ -23,50 +26,74 @@ class Cell:
     resolution: int
     batch: int = 1
     ratio: float = 0.5
-    scope: str = "attn"
+    options: Options = ()
     dtype: str = "fp32"
     device: str = "cpu"
     mode: str = "default"
     guidance: bool = True
     end_to_end: bool = False
 
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> "Cell":
+        """What `stored` gave."""
+        return cls(**{**stored, "options": options(**stored["options"])})
+
+    def stored(self) -> dict[str, Any]:
+        """Itself for a JSON."""
+        return asdict(self) | {"options": dict(self.options)}
+
     @property
     def unet_batch(self) -> int:
         """Images that the UNet sees in one call."""
         return self.batch * (2 if self.guidance else 1)
 
+    @property
+    def merging(self) -> str:
+        """Its ratio and options, in words."""
+        return ", ".join(filter(None, [f"ratio {self.ratio:g}", told(self.options)]))
+
     def __str__(self) -> str:
         """Its name in a progress bar."""
-        return f"{self.model} {self.resolution}px b{self.batch} r{self.ratio} {self.scope}"
+        return f"{self.model} {self.resolution}px b{self.batch} {self.merging}"
 
 
 @dataclass(frozen=True)
-class Suite:
-    """A set of cells with the rows of `RUNS` and the rounds they are measured with."""
+class Task:
+    """A cell, the rows of `RUNS` that are measured on it and in how many rounds."""
 
-    cells: tuple[Cell, ...]
-    variants: tuple[str, ...] = tuple(RUNS)
+    cell: Cell
+    names: tuple[str, ...] = tuple(RUNS)
     rounds: int = 10
 
 
-def suite(name: str, device: str) -> Suite:
+# What eager attention writes out is beyond a laptop's memory where images are large
+FUSED = tuple(name for name, run in RUNS.items() if run.fused)
+SCOPES = (options(merge_crossattn=True), options(merge_crossattn=True, merge_mlp=True))
+
+
+def suite(name: str, device: str) -> list[Task]:
     """The suites: see `python -m bench latency --help`."""
     half = "fp16" if device != "cpu" else "fp32"
     if name == "smoke":
-        return Suite((Cell("tiny", 256, device=device),), ("sdpa", "compile", "tome_fx", "tome_fx+compile"), 3)
+        return [Task(Cell("tiny", 256, device=device), ("sdpa", "compile", "tome_fx", "tome_fx+compile"), 3)]
     if name == "cpu":
-        return Suite((Cell("tiny", 512, guidance=False), Cell("sd15", 512, guidance=False)), rounds=6)
+        return [
+            Task(Cell("tiny", 512, guidance=False), rounds=6),
+            Task(Cell("tiny", 768, guidance=False), FUSED, rounds=6),
+            Task(Cell("tiny", 1024, guidance=False), FUSED, rounds=6),
+            Task(Cell("sd15", 512, guidance=False), rounds=6),
+            Task(Cell("sd15", 768, guidance=False), FUSED, rounds=4),
+            Task(Cell("sd15", 1024, guidance=False), FUSED, rounds=3),
+        ]
     if name == "seed":
         grid = itertools.product((512, 768, 1024), (1, 2, 4, 8, 10))
-        return Suite(tuple(Cell("sd15", side, batch, dtype=half, device=device) for side, batch in grid))
+        return [Task(Cell("sd15", side, batch, dtype=half, device=device)) for side, batch in grid]
     sizes = [("sd15", side) for side in (512, 768, 1024, 1536, 2048)] + [("sdxl", side) for side in (1024, 1536, 2048)]
-    options = [(ratio, "attn") for ratio in (0.25, 0.5, 0.75)] + [(0.5, scope) for scope in SCOPES if scope != "attn"]
-    return Suite(
-        tuple(
-            Cell(model, side, ratio=ratio, scope=scope, dtype=half, device=device)
-            for (model, side), (ratio, scope) in itertools.product(sizes, options)
-        )
-    )
+    merging: list[tuple[float, Options]] = [(0.25, ()), (0.5, ()), (0.75, ()), *((0.5, scope) for scope in SCOPES)]
+    return [
+        Task(Cell(model, side, ratio=ratio, options=given, dtype=half, device=device))
+        for (model, side), (ratio, given) in itertools.product(sizes, merging)
+    ]
 
 
 SUITES = ("seed", "headline", "cpu", "smoke")

@@ -34,7 +34,7 @@ def run(names: list[str], resolution: int, rounds: int, path: Path) -> dict[str,
         note=latency.NOTE,
         **documents.origin("cpu"),
         resolution=resolution,
-        setting={"ratio": RATIO, "scope": "attn", "mode": "default"},
+        setting={"ratio": RATIO},
         models={name: {mode: {way: [] for way in WAYS} for mode in MODES} for name in names},
     )
     with tqdm(total=len(names) * len(MODES) * len(WAYS) * rounds, file=sys.stderr, leave=False) as bar:

@@ -18,6 +18,7 @@ from bench import documents, measure, shapes, tables, viz
 from bench.images import decode, denoise
 from bench.runs import RUNS, prepare
 from bench.shapes.scenes import HELD_OUT, SIDE, numbered
+from bench.variants import predict
 from tome_fx.families.inputs import example_inputs
 from tome_fx.families.unet import share
 
@@ -102,7 +103,6 @@ def sweep(name: str, unet: UNet2DConditionModel) -> tuple[int, int]:
     Counted with a backend that generates no code: what dynamo compiles does not depend on the backend.
     """
     inputs = example_inputs(unet, 16, 16)
-    sample = inputs.pop("sample")
     visits = _ours(unet) if name.startswith("tome_fx") else _tomesd(unet)
     counts = []
     torch._dynamo.reset()
@@ -110,7 +110,7 @@ def sweep(name: str, unet: UNet2DConditionModel) -> tuple[int, int]:
         for _ in range(2):
             with measure.count_compiles() as compiles:
                 for ratio in RATIOS:
-                    visits(ratio)(sample, **inputs)
+                    predict(visits(ratio), inputs)
                     bar.update()
             counts.append(compiles.graphs)
     return counts[0], counts[1]

@@ -3,7 +3,7 @@
 import argparse
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -11,48 +11,50 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-import tome_fx
-from bench import documents, measure, models
-from bench.cases import SCOPES, Case
-from bench.cells import SUITES, Cell, Suite, suite
+from bench import documents, flops, measure, models
+from bench.cases import DEFAULTS, Case
+from bench.cells import SUITES, Cell, Task, suite
 from bench.images import decode, denoise
-from bench.options import note_given, refuse_idle
+from bench.options import add_merging, merging, note_given, refuse_idle
+from bench.peers import finest_sites
 from bench.runs import MODES, RUNS, prepare
-from bench.tables import table
-from bench.variants import merged
+from bench.tables import SEARCHES, table
+from bench.variants import merged, predict
 from tome_fx import ops, plan
-from tome_fx.families.unet import find_sites
+from tome_fx.families.skeleton import skeleton
+from tome_fx.families.weights import weights
 
 NOTE = "Weights are random, from a seed: latency does not depend on them."
 STEPS = 50  # of an end-to-end image: diffusers' default
 
 
-def run(cells: Sequence[Cell], names: Sequence[str], rounds: int, path: Path, *, breakdown: bool = False) -> Any:
+def run(tasks: Sequence[Task], path: Path, *, breakdown: bool = False) -> Any:
     """Measure the cells that the file does not hold yet, write them into it, and return its content."""
     document = documents.read(path) if path.exists() else documents.new("latency", note=NOTE, cells=[])
     build = lru_cache(1)(models.build)  # of cells in a row
-    for cell in cells:
-        key = asdict(cell)
+    for task in tasks:
+        cell, key = task.cell, task.cell.stored()
         known = (entry for entry in document["cells"] if entry["cell"] == key and entry["complete"])
         entry: dict[str, Any] = next(known, {"rows": {}})
-        done = set(names) <= entry["rows"].keys()
+        done = set(task.names) <= entry["rows"].keys()
         if done and ("breakdown" in entry or not breakdown):
             continue
         unet = build(cell.model, cell.device, models.DTYPES[cell.dtype])
         if not done:
-            entry = {"cell": key, "complete": False, **documents.origin(cell.device), **_flops(unet, cell), "rows": {}}
+            entry = {"cell": key, "complete": False, **documents.origin(cell.device)}
+            entry |= {"bounds": _bounds(unet, task), "rows": {}}
             document["cells"] = [other for other in document["cells"] if other["cell"] != key] + [entry]
             measure.compare(
-                {name: partial(_call, name, unet, cell) for name in names},
-                exact={name: not RUNS[name].merges for name in names},
-                rounds=rounds,
+                {name: partial(_call, name, unet, cell) for name in task.names},
+                exact={name: not RUNS[name].merges for name in task.names},
+                rounds=task.rounds,
                 device=cell.device,
                 title=str(cell),
                 save=partial(_save, path, document, entry),
             )
             entry["complete"] = True
         if breakdown:
-            entry["breakdown"] = measure.as_json(_breakdown(unet, cell, rounds))
+            entry["breakdown"] = measure.as_json(_breakdown(unet, cell, task.rounds))
         documents.write(path, document)
         print(f"\n{cell}\n{table(entry)}\n", flush=True)
     return document
@@ -63,25 +65,20 @@ def _save(path: Path, document: dict[str, Any], entry: dict[str, Any], rows: dic
     documents.write(path, document)
 
 
-def _flops(unet: UNet2DConditionModel, cell: Cell) -> dict[str, Any]:
-    """FLOPs per call and the bound, from `tome_fx.explain`."""
-    side = cell.resolution // models.LATENT
-    report = tome_fx.explain(merged(unet, Case("tome_fx", cell.ratio, cell.scope)), side, side)
-    return {
-        "flops": report.flops_before * cell.unet_batch,
-        "flops_merged": report.flops_after * cell.unet_batch,
-        "bound": report.bound,
-    }
+def _bounds(unet: UNet2DConditionModel, task: Task) -> dict[str, float]:
+    """By row, the stock UNet's FLOPs over the row's: the speed-up if time went with FLOPs."""
+    shapes, side = skeleton(unet), task.cell.resolution // models.LATENT
+    counted = partial(flops.counted, shapes=shapes, side=side)
+    stock = counted(Case())
+    return {name: stock / counted(RUNS[name].case(task.cell.ratio, task.cell.options)) for name in task.names}
 
 
 def _call(name: str, unet: UNet2DConditionModel, cell: Cell) -> measure.Call:
     """Prepare a row for a cell: the call to time."""
-    call = prepare(name, unet, ratio=cell.ratio, scope=cell.scope, mode=cell.mode)
+    call = prepare(name, unet, ratio=cell.ratio, options=cell.options, mode=cell.mode)
     if cell.end_to_end:
         return image(call, unet, cell)
-    inputs = models.inputs(unet, cell.resolution, cell.unet_batch)
-    sample = inputs.pop("sample")
-    return lambda: call(sample, **inputs).sample
+    return partial(predict, call, models.inputs(unet, cell.resolution, cell.unet_batch))
 
 
 def image(call: Callable[..., Any], unet: UNet2DConditionModel, cell: Cell, *, steps: int = STEPS) -> measure.Call:
@@ -94,22 +91,25 @@ def image(call: Callable[..., Any], unet: UNet2DConditionModel, cell: Cell, *, s
 
 
 def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int) -> dict[str, measure.Row]:
-    """The parts of one site of the finest level, each compiled alone: where a site's time goes."""
-    sites = find_sites(unet)
-    site = min(sites, key=lambda site: site.downsample)
+    """The parts of one site of the finest level, each compiled alone, by what is searched: where a site's time goes."""
+    site = finest_sites(unet)[0]
     side = cell.resolution // models.LATENT // site.downsample
-    block: Any = unet.get_submodule(site.path)
-    options: dict[str, Any] = {"kept": plan.kept(side, side, cell.ratio), "sx": 2, "sy": 2, "seed": 1}
+    attention: Any = merged(unet, Case("tome_fx", cell.ratio)).get_submodule(f"{site.path}.attn1")
     tokens = torch.randn(cell.unet_batch, side * side, site.channels, device=unet.device, dtype=unet.dtype)
-    slots = ops.match(tokens, side, side, **options)
-    small = ops.merge(tokens, slots)
-    parts: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-        "match": (lambda x: ops.match(x, side, side, **options), (tokens,)),
-        "merge": (ops.merge, (tokens, slots)),
-        "unmerge": (ops.unmerge, (small, slots)),
-        "attention, all tokens": (lambda x: block.attn1(x), (tokens,)),
-        "attention, merged": (lambda x: block.attn1(x), (small,)),
-    }
+    parts: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+    for search, tile in zip(SEARCHES, (None, DEFAULTS["tile"]), strict=True):
+        options: dict[str, Any] = {"kept": plan.kept(side, side, cell.ratio), "sx": 2, "sy": 2, "seed": 1, "tile": tile}
+        slots = ops.match(tokens, side, side, **options)
+        small = ops.merge(tokens, slots)
+        parts[f"match, {search}"] = (lambda x, options=options: ops.match(x, side, side, **options), (tokens,))
+        parts[f"merge, {search}"] = (ops.merge, (tokens, slots))
+        parts[f"unmerge, {search}"] = (ops.unmerge, (small, slots))
+    parts["attention, all tokens"] = (lambda x: attention(x), (tokens,))
+    parts["attention, merged"] = (lambda x: attention(x), (small,))
+    parts["attention, merged and weighed"] = (
+        lambda x, slots: attention(x, attention_mask=weights(attention, x, slots)),
+        (small, slots),
+    )
 
     def make(part: Callable[..., Any], inputs: tuple[Any, ...]) -> measure.Call:
         compiled = torch.compile(part, fullgraph=True)
@@ -137,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resolution", nargs="+", type=int, default=[512], help="pixels along a side")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="images")
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.5])
-    parser.add_argument("--scope", nargs="+", choices=SCOPES, default=["attn"])
+    add_merging(parser)
     parser.add_argument("--variant", nargs="+", choices=RUNS, default=list(RUNS), help=rows)
     parser.add_argument("--dtype", choices=models.DTYPES, default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -153,17 +153,19 @@ def main(arguments: argparse.Namespace) -> None:
     """Run `python -m bench latency`."""
     a = arguments
     refuse_idle(a, "suite", OF_A_SUITE)
-    for option in ("ratio", "scope", "mode"):
+    for option in ("ratio", "options", "mode"):
         if option in a.given and not any(RUNS[name].heeds(option) for name in a.variant):
             raise ValueError(f"{option} must not be given for {', '.join(a.variant)} alone: it would do nothing")
     if a.suite:
-        chosen = suite(a.suite, a.device)
+        tasks = suite(a.suite, a.device)
     else:
-        products = itertools.product(a.model, a.resolution, a.batch, a.ratio, a.scope)
-        common = (a.dtype, a.device, a.mode, not a.no_guidance, a.end_to_end)
-        chosen = Suite(tuple(Cell(*product, *common) for product in products), tuple(a.variant))
+        products = itertools.product(a.model, a.resolution, a.batch, a.ratio)
+        given, common = merging(a.options), (a.dtype, a.device, a.mode, not a.no_guidance, a.end_to_end)
+        tasks = [Task(Cell(*product, given, *common), tuple(a.variant)) for product in products]
+    if a.rounds:
+        tasks = [replace(task, rounds=a.rounds) for task in tasks]
     part, parts = map(int, a.part.split("/"))
     path = a.json or Path("out") / f"{a.suite or 'latency'}.json"
     print(NOTE)
-    run(chosen.cells[part - 1 :: parts], chosen.variants, a.rounds or chosen.rounds, path, breakdown=a.breakdown)
+    run(tasks[part - 1 :: parts], path, breakdown=a.breakdown)
     print(f"written to {path}")

@@ -1,8 +1,11 @@
 """Options of the commands: one that would do nothing is an error."""
 
 import argparse
+import ast
 from collections.abc import Iterable
 from typing import Any
+
+from bench.cases import DEFAULTS, Options, options
 
 
 class _Noting(argparse.Action):
@@ -17,6 +20,36 @@ def note_given(parser: argparse.ArgumentParser) -> None:
     """Let the parser tell an option that is given from one that is not; before its options are added."""
     parser.set_defaults(given=())
     parser.register("action", None, _Noting)
+
+
+def add_merging(parser: argparse.ArgumentParser) -> None:
+    """The option that takes those of `tome_fx.transform`; `merging` reads it."""
+    described = ", ".join(f"{name}={value!r}" for name, value in DEFAULTS.items())
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"of tome_fx.transform, whose own are {described}",
+    )
+
+
+def merging(texts: Iterable[str]) -> Options:
+    """Options of `tome_fx.transform` from texts such as `tile=None`.
+
+    Raises:
+        ValueError: It has none of that name.
+    """
+    found = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in DEFAULTS:
+            raise ValueError(f"options must be NAME=VALUE of {', '.join(DEFAULTS)}; got {text!r}")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):  # a word
+            found[name] = value
+    return options(**found)
 
 
 def refuse_idle(arguments: argparse.Namespace, option: str, others: Iterable[str]) -> None:

@@ -22,6 +22,13 @@ def load(pipeline: str, device: str = "cpu", dtype: str = "fp32") -> Any:
     return pipe
 
 
+def sides(pipe: Any) -> dict[str, int]:
+    """Height and width, in pixels, of the images that a pipeline makes if it is not told otherwise."""
+    latents = pipe.unet.config.sample_size
+    height, width = (latents, latents) if isinstance(latents, int) else latents
+    return {"height": height * pipe.vae_scale_factor, "width": width * pipe.vae_scale_factor}
+
+
 def prompts_for(pipeline: str, path: Path | None, count: int) -> tuple[list[str], list[Scene]]:
     """So many prompts, and the scenes that they are captions of, if they are.
 

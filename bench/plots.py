@@ -1,23 +1,27 @@
 """Plots of `python -m bench report`: what merging gains at each resolution, step by step, and at what cost."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from bench import quality_tables, tables
-from bench.cases import SCOPES
+from bench import tables
+from bench.cases import ROUNDED, Case
 from bench.cells import Cell
+from bench.flops import LATENTS
 from bench.runs import RUNS
+from bench.suites import POINTS, YARDSTICK
 
-TRADED = [*(("tome_fx", scope) for scope in SCOPES), ("prop_attn", "attn"), ("prop_attn", "all")]
-WATERFALL = ("vanilla", "sdpa", "compile", "tome_fx+compile")
+MARKERS = {"tome_fx": "o", "v0.1": "s", "tomesd": "^", "todo": "D", "hidiffusion": "P"}
+OURS = "tome_fx+compile"
+WATERFALL = ("vanilla", "sdpa", "compile", OURS)
 
 
 def write(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
-    """PNGs: likeness over speed-up of each file of qualities, times of each model in a file of latencies."""
+    """PNGs: quality over FLOPs for each file of qualities, times of each model in a file of latencies."""
     written = []
     for name, document in documents.items():
         figures = _qualities(document) if document["kind"] == "quality" else _latencies(document.get("cells", ()))
@@ -29,45 +33,58 @@ def write(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def _qualities(document: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
-    figure = Figure(figsize=(5.5, 4))
+    figure = Figure(figsize=(7, 5))
     axes = figure.subplots()
-    draw_tradeoff(axes, document["rows"])
-    axes.set_xlabel("speed-up of an eager UNet call, {0} x {0} latents".format(document["timed"]["latents"]))
-    height, width = document["size"]
-    axes.set_ylabel(f"SSIM to stock's image, {width} x {height} px")
-    yield "speed", figure
+    draw_frontier(axes, document["rows"], document["pipeline"])
+    axes.set_xlabel(f"FLOPs of the UNet saved, {LATENTS} x {LATENTS} latents")
+    axes.set_ylabel("PSNR to stock's image of {width} x {height} px, dB".format(**document["size"]))
+    yield "flops", figure
 
 
-def draw_tradeoff(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """What is lost over what is gained: SSIM over speed-up, a line for each way to merge, a point for each ratio."""
-    for variant, scope in TRADED:
-        line = [
-            (speed[0], *quality_tables.interval(row["ssim"]), row["case"]["ratio"])
-            for row in rows
-            if (row["case"]["variant"], row["case"]["scope"], row["case"]["max_downsample"]) == (variant, scope, None)
-            and (speed := quality_tables.speed_range(row, rows))
-        ]
-        if line:
-            x, y, low, high, ratios = zip(*sorted(line, key=lambda point: point[-1]), strict=True)
-            bars = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
-            axes.errorbar(x, y, bars, marker="o", capsize=2, label=f"{variant}, {scope}")
-            for place in zip(ratios, x, y, strict=True):
-                axes.annotate(f"{place[0]:g}", place[1:], textcoords="offset points", xytext=(5, 5), fontsize=7)
-    axes.plot([1], [1], "k*", label="stock")
-    axes.set(
-        xlabel="speed-up of an eager UNet call",
-        ylabel="SSIM to stock's image",
-        title="What merging costs in likeness and gains in speed",
-    )
+def draw_frontier(axes: Any, rows: list[dict[str, Any]], model: str) -> None:
+    """What is lost over what is gained, by row: PSNR over the share of a model's FLOPs, and which of ours are best."""
+    points = {
+        Case.read(row["case"]): (row["flops_saved"][model], fmean(row["psnr"]))
+        for row in rows
+        if None not in row["psnr"]
+    }
+    for variant, marker in MARKERS.items():
+        places = {case: place for case, place in points.items() if case.variant == variant}
+        if places:
+            axes.scatter(*zip(*places.values(), strict=True), s=24, marker=marker, label=variant)
+        for case, place in places.items():
+            if variant != "tome_fx":
+                axes.annotate(f"{case.ratio:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=7)
+    best = frontier(place for case, place in points.items() if case.variant == "tome_fx")
+    axes.plot(*zip(*best, strict=True), linewidth=0.8, zorder=0)
+    for name, case in POINTS.items():
+        if case in points:
+            axes.annotate(name, points[case], textcoords="offset points", xytext=(6, 6), fontsize=9, weight="bold")
+    if YARDSTICK in points:
+        axes.axhline(points[YARDSTICK][1], color="grey", linewidth=0.8, linestyle=":", label=ROUNDED[YARDSTICK.variant])
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(fontsize=8)
 
 
+def frontier(places: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of the points that no other one is above of and not left of, from left to right."""
+    best: list[tuple[float, float]] = []
+    for place in sorted(places, reverse=True):
+        if not best or place[1] > best[-1][1]:
+            best.append(place)
+    return best[::-1]
+
+
 def _latencies(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
-    """For each model whose file has every step of the waterfall; a single resolution makes no line."""
+    """For each model whose file has every step of the waterfall, but for what large images have no memory for.
+
+    A single resolution makes no line.
+    """
     chosen: dict[str, dict[int, dict[str, Any]]] = {}
+    needed = {name for name in WATERFALL if RUNS[name].fused}
     for entry in entries:
-        cell = Cell(**entry["cell"])
-        if (cell.ratio, cell.scope, cell.batch) == (0.5, "attn", 1) and entry["rows"].keys() >= set(WATERFALL):
+        cell = Cell.read(entry["cell"])
+        if (cell.ratio, cell.options, cell.batch) == (0.5, (), 1) and entry["rows"].keys() >= needed:
             chosen.setdefault(cell.model, {})[cell.resolution] = entry
     for model, by_side in chosen.items():
         sides = sorted(by_side)
@@ -87,8 +104,10 @@ def _draw_speedups(axes: Any, by_side: dict[int, dict[str, Any]]) -> None:
     sides = list(by_side)
     for name in (name for name, run in RUNS.items() if run.merges):
         points = [tables.speedup(entry["rows"], "compile", name) for entry in by_side.values()]
-        axes.plot(sides, [p or float("nan") for p in points], marker="o", label=name)
-    axes.plot(sides, [entry["bound"] for entry in by_side.values()], "k--", marker="_", label="FLOP bound")
+        if any(points):
+            axes.plot(sides, [p or float("nan") for p in points], marker="o", label=name)
+    bounds = [entry["bounds"][OURS] for entry in by_side.values()]
+    axes.plot(sides, bounds, "k--", marker="_", label=f"FLOP bound of {OURS}")
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(xlabel="image side, px", ylabel="speed-up over compile", xticks=sides)
     axes.legend(fontsize=8)
@@ -96,7 +115,7 @@ def _draw_speedups(axes: Any, by_side: dict[int, dict[str, Any]]) -> None:
 
 def _draw_waterfall(axes: Any, rows: dict[str, Any]) -> None:
     """Milliseconds as techniques are added."""
-    steps = [name for name in WATERFALL if rows[name]["samples_ms"]]
+    steps = [name for name in WATERFALL if name in rows and rows[name]["samples_ms"]]
     heights = [median(rows[name]["samples_ms"]) for name in steps]
     bars = axes.bar(steps, heights, color=["0.7", "0.6", "0.5", "tab:green"][-len(steps) :])
     axes.bar_label(bars, fmt="%.0f ms")

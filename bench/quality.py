@@ -4,7 +4,6 @@ import argparse
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,17 @@ import torch
 from torch import Tensor
 
 from bench import documents, measure, shapes, viz
-from bench.cases import SCOPES, STOCK, Case
+from bench.cases import ROUNDED, STOCK, Case
+from bench.flops import saving
 from bench.images import Images, generate
 from bench.metrics import compare, judging, perceiving
 from bench.models import DTYPES
-from bench.options import note_given, refuse_idle
-from bench.pipelines import load, prompts_for
+from bench.options import add_merging, merging, note_given, refuse_idle
+from bench.pipelines import load, prompts_for, sides
 from bench.quality_tables import table
 from bench.shapes.scenes import SIDE, draw
-from bench.variants import VARIANTS, apply, merged
+from bench.suites import SUITES
+from bench.variants import VARIANTS, apply, check, merged, predict
 from tome_fx.families.inputs import example_inputs
 
 NOTE = "The i-th image of every row is from seed i and prompt i."
@@ -45,60 +46,67 @@ def run(
 ) -> tuple[dict[str, Any], dict[Case, Tensor]]:
     """Generate and judge, case by case, writing the JSON after each; returns it and the first `keep` images of each.
 
-    Cases that the file holds already stay in it, so that several calls can fill one table.
+    Cases that the file holds already stay in it, so that several calls can fill one table and one that was stopped goes
+    on; they are made again where pictures are to be kept.
 
     Raises:
         ValueError: A case has an option that its variant would pass over, or the file holds what was measured in
             another setting or on another machine.
     """
     for case in cases:
-        case.check()
+        check(case)
+        if case.variant in ROUNDED and dtype != "fp32":
+            raise ValueError(f"dtype must be fp32 for {case.variant}, which is told from it; got {dtype}")
     texts, scenes = prompts_for(pipeline, prompts, count)
     pipe = load(pipeline, device, dtype)
+    size = {**sides(pipe), **(size or {})}
     setting = {"device": device, "dtype": dtype, "pipeline": pipeline, "count": count, "prompts": texts}
     how: dict[str, Any] = {"steps": steps, "guidance": guidance}
-    document = documents.new("quality", note=NOTE, machine=documents.machine(device), **setting, **how)
-    document |= _earlier(path, document, cases)
+    document = documents.new("quality", note=NOTE, machine=documents.machine(device), **setting, **how, size=size)
+    document |= _earlier(path, document)
+    known = [] if keep else [Case.read(row["case"]) for row in document["rows"]]
+    left = [case for case in cases if case not in known]
+    if not left:
+        return document, {}
     judged = judging(scenes) if scenes else None
     perceived = perceiving(texts) if not scenes else None
+    saved = saving(pipeline, pipe.unet, steps)
     if judged:  # what the measures say of as many real images: the best that there is
         pixels = draw(scenes, SIDE) / 2 + 0.5
         document["real"] = judged(Images(pixels, pixels))
     stock: Images | None = None
     pictures = {}
-    for case in cases:
+    for case in dict.fromkeys([Case(), *left]):
         torch.manual_seed(0)  # tomesd draws from the process's generator
         call = apply(case, pipe.unet, steps)
-        images = generate(pipe, call, texts, **how, batch=batch, title=case.title, **(size or {}))
+        images = generate(pipe, call, texts, **how, batch=batch, title=case.title, **size)
         stock = stock or images
-        row = {"case": asdict(case), "argv": sys.argv[1:], **compare(images, stock)}
+        row = {"case": case.stored(), "argv": sys.argv[1:], "flops_saved": saved(case), **compare(images, stock)}
         row |= judged(images) if judged else {}
         row |= perceived(images, stock) if perceived else {}
-        _add(row, document, list(images.pixels.shape[-2:]), path)
+        _add(row, document)
+        documents.write(path, document)
         pictures[case] = images.pixels[:keep]
     return document, pictures
 
 
-def _earlier(path: Path, document: dict[str, Any], cases: Sequence[Case]) -> dict[str, Any]:
-    """What the document has of the file that it goes on with: the rows of other cases, and the size of the images."""
+def _earlier(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """What the document has of the file that it goes on with."""
     if not path.exists():
         return {"rows": []}
     earlier = documents.read(path)
     other = [name for name, value in document.items() if earlier.get(name) != value]
     if other:
         raise ValueError(f"json: {path} holds results of another {', '.join(other)}; give another file")
-    kept = [row for row in earlier["rows"] if Case(**row["case"]) not in cases]
-    rows = [{name: value for name, value in row.items() if name != "ms"} for row in kept]  # times are of all rows
-    return {"rows": rows} | ({"size": earlier["size"]} if rows else {})
+    return earlier
 
 
-def _add(row: dict[str, Any], document: dict[str, Any], size: list[int], path: Path) -> None:
-    """Write the document with one row more."""
-    document["rows"].append(row)
-    document["rows"].sort(key=lambda row: row["case"]["variant"] != STOCK)  # stock first, whenever it was run
-    if document.setdefault("size", size) != size:
-        raise ValueError(f"json: {path} holds images of another size; give another file")
-    documents.write(path, document)
+def _add(row: dict[str, Any], document: dict[str, Any]) -> None:
+    """Put a row into the document, in the place of an earlier one; times are of all rows, so they are left out."""
+    rows = [other for other in document["rows"] if other["case"] != row["case"]] + [row]
+    rows.sort(key=lambda row: row["case"]["variant"] != STOCK)  # stock first, whenever it was run
+    document["rows"] = [{name: value for name, value in row.items() if name != "ms"} for row in rows]
+    document.pop("timed", None)
 
 
 def add_times(path: Path, side: int, rounds: int, device: str = "cpu", dtype: str = "fp32") -> dict[str, Any]:
@@ -114,24 +122,36 @@ def add_times(path: Path, side: int, rounds: int, device: str = "cpu", dtype: st
     document = documents.read(path)
     pipe = load(document["pipeline"], device, dtype)
     inputs = example_inputs(pipe.unet, side, side, device=device, dtype=DTYPES[dtype])
-    sample = inputs.pop("sample")
-    cases = [Case(**row["case"]) for row in document["rows"]]
+    cases = [Case.read(row["case"]) for row in document["rows"]]
 
     def make(case: Case) -> measure.Call:
-        call = apply(case, pipe.unet, document["steps"])
-        return lambda: call(sample, **inputs).sample
+        return partial(predict, apply(case, pipe.unet, document["steps"]), inputs)
 
-    runs = {str(case): partial(make, case) for case in cases}
+    runs = {case.title: partial(make, case) for case in cases}
     timed = measure.compare(runs, exact=None, rounds=rounds, device=device, title="speed")
     document["timed"] = {"latents": side, "device": device, "dtype": dtype, **documents.origin(device)}
     for row, case in zip(document["rows"], cases, strict=True):
-        row["ms"] = timed[str(case)].samples_ms
+        row["ms"] = timed[case.title].samples_ms
     documents.write(path, document)
     return document
 
 
 OF_TIMES = ("json", "device", "dtype")
-OF_A_MAP = ("pipeline", "ratio", "scope", "max_downsample", "prompts", "steps", "guidance", "device", "dtype")
+OF_A_MAP = ("pipeline", "ratio", "options", "prompts", "steps", "guidance", "device", "dtype")
+OF_A_SUITE = (
+    "pipeline",
+    "prompts",
+    "n",
+    "steps",
+    "guidance",
+    "device",
+    "dtype",
+    "batch",
+    "height",
+    "width",
+    "json",
+    "grid",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,10 +160,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipeline", default="shapes", help="shapes, or the folder of a pipeline with a UNet")
     parser.add_argument("--variant", nargs="+", choices=list(VARIANTS)[1:], default=["tome_fx", "tomesd"])
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.25, 0.5, 0.75])
-    parser.add_argument("--scope", nargs="+", choices=SCOPES, default=["attn"])
-    parser.add_argument(
-        "--max-downsample", type=int, choices=(1, 2, 4, 8), help="levels to merge at; finest if not given"
-    )
+    add_merging(parser)
+    parser.add_argument("--suite", choices=SUITES, help="a fixed set of rows in the place of variants and ratios")
     parser.add_argument("--prompts", type=Path, help="a text file, one prompt a line, or a TSV with a column Prompt")
     parser.add_argument("--n", type=int, default=96, help="images of each row")
     parser.add_argument("--steps", type=int, default=12, help="denoising steps of an image")
@@ -167,15 +185,15 @@ def write_map(a: argparse.Namespace) -> None:
     """What `--map` asks for.
 
     Raises:
-        ValueError: Several ratios or scopes are given, of which one would be drawn.
+        ValueError: Several ratios are given, of which one would be drawn.
     """
-    for name in {"ratio", "scope"} & {*a.given}:
-        if len(values := getattr(a, name)) > 1:
-            raise ValueError(f"{name} must be one for --map, got {', '.join(map(str, values))}")
+    if "ratio" in a.given and len(a.ratio) > 1:
+        raise ValueError(f"ratio must be one for --map, got {', '.join(map(str, a.ratio))}")
+    case = Case("tome_fx", a.ratio[0], merging(a.options))
     (text,), _ = prompts_for(a.pipeline, a.prompts, 1)
     pipe = load(a.pipeline, a.device, a.dtype)
-    pipe.unet = merged(pipe.unet, Case("tome_fx", a.ratio[0], a.scope[0], a.max_downsample))
-    viz.merge_maps(a.map, pipe, text, f"ratio {a.ratio[0]:g}", steps=a.steps, guidance=a.guidance)
+    pipe.unet = merged(pipe.unet, case)
+    viz.merge_maps(a.map, pipe, text, case.title, steps=a.steps, guidance=a.guidance)
     print(f"written to {a.map}")
 
 
@@ -184,14 +202,15 @@ def main(arguments: argparse.Namespace) -> None:
     a = arguments
     refuse_idle(a, "time", OF_TIMES)
     refuse_idle(a, "map", OF_A_MAP)
+    refuse_idle(a, "suite", OF_A_SUITE)
     if a.map:
         write_map(a)
         return
     if a.time:
         print(table(add_times(a.json, a.time, ROUNDS, a.device, a.dtype)))
         return
-    products = itertools.product(a.variant, a.scope, a.ratio)
-    cases = [Case(), *(Case(variant, ratio, scope, a.max_downsample) for variant, scope, ratio in products)]
+    given = merging(a.options)
+    cases = SUITES[a.suite] if a.suite else [Case(*named, given) for named in itertools.product(a.variant, a.ratio)]
     document, pictures = run(
         a.pipeline,
         cases,

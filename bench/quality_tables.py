@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 from tabulate import tabulate
 
-from bench.cases import STOCK, Case
+from bench.cases import ROUNDED, STOCK, Case, told
 from bench.measure import ratios
+from bench.suites import QUESTIONS
 
 
 def speed_range(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float, float, float] | None:
@@ -71,35 +72,28 @@ def table(document: dict[str, Any]) -> str:
     """Means with their 95 % confidence intervals, and speed-ups with their range; real images first, where judged."""
     rows = document["rows"]
     present = [name for name in COLUMNS if name in rows[0]]
+    models = list(rows[0]["flops_saved"])
     lines = []
     for row in rows if "real" not in document else [document["real"], *rows]:
-        case = Case(**row["case"]) if "case" in row else None
+        case = Case.read(row["case"]) if "case" in row else None
         exact = case is None or case.variant == STOCK
         line = ["real images" if case is None else f"`{case.variant}`"]
-        line += ["", "", ""] if case is None or exact else [f"{case.ratio:g}", case.scope, _levels(case)]
+        line += ["", ""] if case is None or exact else _merging(case)
+        line.append("" if case is None or exact else " / ".join(f"{row['flops_saved'][name]:.1%}" for name in models))
         line += [COLUMNS[name].cell(None if exact and COLUMNS[name].of_pair else row[name]) for name in present]
         line.append(f"{row['frechet']:.2f}" if "frechet" in row else "")
         speed = speed_range(row, rows) if "timed" in document and not exact else None
         lines.append([*line, "{:.2f}x ({:.2f} - {:.2f})".format(*speed) if speed else ""])
-    heads = ["variant", "ratio", "scope", "levels", *(COLUMNS[name].head for name in present)]
-    heads += ["Fréchet distance", "speed-up (range)"]
+    heads = ["variant", "ratio", "options", f"FLOPs saved: {' / '.join(models)}"]
+    heads += [*(COLUMNS[name].head for name in present), "Fréchet distance", "speed-up (range)"]
     return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
 
 
-def _levels(case: Case) -> str:
-    return str(case.max_downsample or "finest")
-
-
-# What the two rows of a pair have that is not the same: the first minus the second is told
-QUESTIONS: tuple[tuple[str, dict[str, str], dict[str, str]], ...] = (
-    ("`tome_fx` - `tomesd`", {"variant": "tome_fx"}, {"variant": "tomesd"}),
-    ("`top-left` - `tome_fx`", {"variant": "top-left"}, {"variant": "tome_fx"}),
-    ("`each-step` - `tome_fx`", {"variant": "each-step"}, {"variant": "tome_fx"}),
-    ("`one-match` - `tome_fx`", {"variant": "one-match"}, {"variant": "tome_fx"}),
-    ("`prop_attn` - `tome_fx`", {"variant": "prop_attn"}, {"variant": "tome_fx"}),
-    ("attn+crossattn - attn", {"variant": "tome_fx", "scope": "attn+crossattn"}, {"scope": "attn"}),
-    ("all - attn", {"variant": "tome_fx", "scope": "all"}, {"scope": "attn"}),
-)
+def _merging(case: Case) -> list[str]:
+    """A case's ratio and its options; of stock in half precision what it is there for."""
+    if case.variant in ROUNDED:
+        return ["", ROUNDED[case.variant]]
+    return [case.ratios_told, told(case.options)]
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
@@ -115,18 +109,15 @@ def differences(document: dict[str, Any]) -> str:
 
     A difference whose interval holds 0 may be chance.
     """
-    rows = {Case(**row["case"]): row for row in document["rows"]}
+    rows = {Case.read(row["case"]): row for row in document["rows"]}
     lines = []
-    for title, mine, theirs in QUESTIONS:
-        for case, row in rows.items():
-            other = rows.get(replace(case, **theirs))  # type: ignore[arg-type]
-            asked = all(getattr(case, name) == value for name, value in mine.items())
-            if not asked or other is None or None in row["psnr"] + other["psnr"]:
-                continue
-            line = [title, f"{case.ratio:g}", "" if "scope" in mine else case.scope, _levels(case)]
-            for name, form in (("psnr", "{:+.2f}"), ("latent_error", "{:+.3f}")):
-                mean, low, high = map(form.format, paired(row[name], other[name]))
-                line.append(f"{mean} ({low} to {high})")
-            lines.append(line)
-    heads = ["difference", "ratio", "scope", "levels", "PSNR, dB", "latent error"]
+    for title, first, second in QUESTIONS:
+        if first not in rows or second not in rows or None in rows[first]["psnr"] + rows[second]["psnr"]:
+            continue
+        line = [title, first.ratios_told, second.ratios_told]
+        for name, form in (("psnr", "{:+.2f}"), ("latent_error", "{:+.3f}")):
+            mean, low, high = map(form.format, paired(rows[first][name], rows[second][name]))
+            line.append(f"{mean} ({low} to {high})")
+        lines.append(line)
+    heads = ["difference", "ratio", "and of the other", "PSNR, dB", "latent error"]
     return tabulate(lines, heads, tablefmt="github", disable_numparse=True)

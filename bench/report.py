@@ -3,13 +3,13 @@
 import argparse
 import re
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from tabulate import tabulate
 
 from bench import cold, demo, documents, quality_tables, tables
 from bench.cells import Cell
+from bench.flops import LATENTS
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
@@ -38,22 +38,24 @@ def _demo(document: dict[str, Any]) -> list[str]:
 
 def _cold(document: dict[str, Any]) -> list[str]:
     given = document["setting"]
-    setting = f"{document['resolution']} px, UNet batch 1, ratio {given['ratio']}, {given['scope']}, fp32 on cpu."
+    setting = f"{document['resolution']} px, UNet batch 1, ratio {given['ratio']}, fp32 on cpu."
     return [document["note"], f"{setting} {machine(document['machine'])}.", cold.table(document)]
 
 
 def _quality(document: dict[str, Any]) -> list[str]:
-    if "timed" not in document:
-        raise ValueError("the rows of quality have no times: python -m bench quality --time SIDE --json PATH")
-    timed = document["timed"]
     setting = (
-        f"{document['count']} images of the pipeline {document['pipeline']}, {document['steps']} steps, guidance "
-        f"{document['guidance']:g}, {document['dtype']} on {document['device']}; "
-        f"means with 95 % confidence intervals. {machine(document['machine'])}. "
-        f"Speed-ups of an eager call of the UNet at {timed['latents']} x {timed['latents']} latents, {timed['dtype']} "
-        f"on {timed['device']}, the median over rounds and their range: `python -m bench {' '.join(timed['argv'])}`, "
-        f"commit {timed['machine']['commit']}."
+        f"{document['count']} images of {document['size']['width']} x {document['size']['height']} px of the pipeline "
+        f"{document['pipeline']}, {document['steps']} steps, guidance {document['guidance']:g}, {document['dtype']} on "
+        f"{document['device']}; means with 95 % confidence intervals. {machine(document['machine'])}. "
+        f"FLOPs saved are those of a UNet call at {LATENTS} x {LATENTS} latents, matching taken off, of a schedule the "
+        "mean of its steps; where a row names no levels, each model merges at those that pay in it."
     )
+    if timed := document.get("timed"):
+        setting += (
+            f" Speed-ups of an eager call of the UNet at {timed['latents']} x {timed['latents']} latents, "
+            f"{timed['dtype']} on {timed['device']}, the median over rounds and their range: "
+            f"`python -m bench {' '.join(timed['argv'])}`, commit {timed['machine']['commit']}."
+        )
     pairs = (
         "Differences between two rows, image by image, for prompts and seeds are the same: means with 95 % confidence "
         "intervals. Where one holds 0, the rows may be alike."
@@ -68,13 +70,15 @@ def _support(document: dict[str, Any]) -> list[str]:
 def _latency(document: dict[str, Any]) -> list[str]:
     parts = [document["note"]]
     for entry in document["cells"]:
-        cell = Cell(**entry["cell"])
+        cell = Cell.read(entry["cell"])
         parts.append(
-            f"**{cell.model}, {cell.resolution} px**, UNet batch {cell.unet_batch}, ratio {cell.ratio}, {cell.scope}, "
-            f"{cell.dtype} on {cell.device}, mode {cell.mode}. {machine(entry['machine'])}. {tables.table(entry)}"
+            f"**{cell.model}, {cell.resolution} px**, UNet batch {cell.unet_batch}, {cell.merging}, "
+            f"{cell.dtype} on {cell.device}, mode {cell.mode}. {machine(entry['machine'])}.\n\n{tables.table(entry)}"
         )
         if "breakdown" in entry:
-            parts.append("One site of the finest level, each part compiled alone:\n\n" + breakdown(entry["breakdown"]))
+            parts.append(
+                "One site of the finest level, each part compiled alone:\n\n" + tables.breakdown(entry["breakdown"])
+            )
     return parts
 
 
@@ -92,12 +96,6 @@ def support(features: dict[str, Any]) -> str:
         tests = ", ".join(f"`{name.removeprefix('tests/')}`" for name in row["tests"])
         lines.append([row["group"], feature, verdict, row["condition"], tests])
     return tabulate(lines, ["", "feature", "verdict", "condition", "test"], tablefmt="github", disable_numparse=True)
-
-
-def breakdown(rows: dict[str, Any]) -> str:
-    """Milliseconds of the parts of a site."""
-    lines = [f"| {name} | {median(row['samples_ms']):.2f} |" for name, row in rows.items() if row["samples_ms"]]
-    return "\n".join(["| part | ms (median) |", "|---|---|", *lines])
 
 
 def fill(text: str, name: str, content: str) -> str:

@@ -10,8 +10,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
-from bench.cases import FIXED, STOCK, Case
-from bench.variants import apply
+from bench.cases import STOCK, Case, Options, options
+from bench.variants import VARIANTS, apply, case_for
 from tome_fx.families.unet import share
 
 MODES = ("default", "reduce-overhead", "max-autotune", "regional")
@@ -24,6 +24,7 @@ class Run:
     Args:
         about: What it is, in a few words.
         variant: What is merged: a key of `bench.variants.VARIANTS`.
+        options: Of its own, whatever the other rows' are.
         fused: Whether attention is computed at once; else it writes its scores out, as everybody's did when tomesd
             was published.
         compiled: Whether it is, in the mode that is measured.
@@ -32,6 +33,7 @@ class Run:
 
     about: str
     variant: str = STOCK
+    options: Options = ()
     fused: bool = True
     compiled: bool = False
     fullgraph: bool = True
@@ -42,8 +44,13 @@ class Run:
         return self.variant != STOCK
 
     def heeds(self, option: str) -> bool:
-        """Whether it is another run with another `ratio`, `scope` or `mode`."""
-        return self.compiled if option == "mode" else option not in FIXED.get(self.variant, {})
+        """Whether it is another run with another `ratio`, with other `options` or in another `mode`."""
+        variant = VARIANTS[self.variant]
+        return {"ratio": variant.ratio is None, "options": bool(variant.heeds), "mode": self.compiled}[option]
+
+    def case(self, ratio: float, given: Options) -> Case:
+        """What it merges, of a ratio and options that it may not heed."""
+        return case_for(self.variant, ratio, options(**dict(given) | dict(self.options)))
 
 
 RUNS = {
@@ -52,14 +59,18 @@ RUNS = {
     "tomesd": Run("tomesd, attention written out", "tomesd", fused=False),
     "tomesd+sdpa": Run("tomesd, fused attention", "tomesd"),
     "compile": Run("torch.compile alone", compiled=True),
+    "v0.1+compile": Run("what 0.1 did without being told otherwise", "v0.1", compiled=True),
     "tome_fx": Run("ours, eager", "tome_fx"),
     "tome_fx+compile": Run("ours under torch.compile", "tome_fx", compiled=True),
-    "tome_fx+dynamic+compile": Run("ours with dynamic_ratio=True: one graph for every ratio", "dynamic", compiled=True),
-    "tome_fx+prop_attn+compile": Run(
-        "ours with prop_attn=True: merged tokens weighed by their number", "prop_attn", compiled=True
+    "tome_fx+dynamic+compile": Run("one graph for every ratio", "tome_fx", options(dynamic_ratio=True), compiled=True),
+    "tome_fx+kv+compile": Run(
+        "keys and values alone are merged", "tome_fx", options(merge_queries=False), compiled=True
     ),
     "oracle+compile": Run("our graph with free matching and merging", "oracle", compiled=True),
     "todo+compile": Run("keys and values downsampled by 2 x 2, whatever the ratio", "todo", compiled=True),
+    "hidiffusion+compile": Run(
+        "attention within quarters of the grid, whatever the ratio", "hidiffusion", compiled=True
+    ),
     # last, for what it breaks stays broken: see ISOLATED
     "tomesd+compile": Run("tomesd under torch.compile, graph breaks allowed", "tomesd", compiled=True, fullgraph=False),
 }
@@ -81,12 +92,12 @@ def compiled(unet: Any, mode: str = "default", *, fullgraph: bool = True) -> nn.
 
 
 def prepare(
-    name: str, unet: UNet2DConditionModel, *, ratio: float = 0.5, scope: str = "attn", mode: str = "default"
+    name: str, unet: UNet2DConditionModel, *, ratio: float = 0.5, options: Options = (), mode: str = "default"
 ) -> Callable[..., Any]:
     """What is called for a row, on a copy that shares the weights of `unet`."""
     run = RUNS[name]
     if not run.fused:
         unet = share(unet)
         unet.set_attn_processor(AttnProcessor())
-    result = apply(Case(run.variant, ratio, scope), unet)
+    result = apply(run.case(ratio, options), unet)
     return compiled(result, mode, fullgraph=run.fullgraph) if run.compiled else result

@@ -8,6 +8,9 @@ from tabulate import tabulate
 from bench.measure import ratios
 from bench.runs import RUNS
 
+SEARCHES = ("whole grid", "tiles")  # what a token's destination is looked for in, and the columns of a breakdown
+MERGING = ("match", "merge", "unmerge")
+
 
 def table(entry: dict[str, Any]) -> str:
     """A cell's table: medians, and ratios taken within each round."""
@@ -21,7 +24,7 @@ def table(entry: dict[str, Any]) -> str:
             continue
         spread = quantiles(samples, n=10) if len(samples) > 1 else samples * 9
         over_compile = speedup(rows, "compile", name)
-        bound = entry["bound"] if RUNS[name].merges else None
+        bound = entry["bounds"][name] if RUNS[name].merges else None
         lines.append(
             [
                 name,
@@ -29,6 +32,7 @@ def table(entry: dict[str, Any]) -> str:
                 f"{spread[0] * scale:.4g} - {spread[-1] * scale:.4g}",
                 _times(speedup(rows, "vanilla", name)),
                 _times(over_compile),
+                _times(bound),
                 share_of_bound(over_compile, bound),
                 _percent(speedup(rows, name, "oracle+compile"), name),
                 f"{row['first_s']:.1f}",
@@ -38,10 +42,24 @@ def table(entry: dict[str, Any]) -> str:
                 f"{row['peak_memory'] / 2**30:.2f}" if row["peak_memory"] else "",
             ]
         )
-    heads = ["variant", f"{unit} (median)", "p10 - p90", "vs vanilla", "vs compile", "of the bound", "over the oracle"]
-    heads += ["first call s", "graphs", "breaks", "recompiles", "GiB"]
-    title = f"FLOP bound on merging: {entry['bound']:.3f}x"
-    return f"{title}\n\n" + tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+    heads = ["variant", f"{unit} (median)", "p10 - p90", "vs vanilla", "vs compile", "FLOP bound", "of the bound"]
+    heads += ["over the oracle", "first call s", "graphs", "breaks", "recompiles", "GiB"]
+    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+
+
+def breakdown(rows: dict[str, Any]) -> str:
+    """Milliseconds of the parts of a site, by what is searched; ratios and sums are taken within each round."""
+    parts = {part: [rows[f"{part}, {search}"]["samples_ms"] for search in SEARCHES] for part in MERGING}
+    parts["all three"] = [
+        [sum(ms) for ms in zip(*samples, strict=False)] for samples in zip(*parts.values(), strict=True)
+    ]
+    parts |= {part: [rows[part]["samples_ms"]] for part in rows if part.startswith("attention")}
+    lines = []
+    for part, times in parts.items():
+        over = ratios(*times) if len(times) > 1 else None
+        lines.append([part, *(f"{median(ms):.2f}" if ms else "not measured" for ms in times), _times(over and over[0])])
+    heads = ["part", *(f"{search}, ms (median)" for search in SEARCHES), " / ".join(SEARCHES)]
+    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
 
 
 def speedup(rows: dict[str, Any], slow: str, fast: str) -> float | None:

@@ -84,11 +84,16 @@ def merge_maps(path: Path, pipe: Any, prompt: str, title: str, *, steps: int, gu
         title: Of the image's own column.
         steps: Denoising steps of the image; shown are the first, the middle and the last.
         guidance: Scale of the classifier-free guidance. The half of the batch that has the prompt is shown.
+
+    Raises:
+        ValueError: No block is handed a slot map.
     """
     with recorded_slots(pipe.unet) as slots:
         images = generate(pipe, pipe.unet, [prompt], steps=steps, guidance=guidance)
     image = F.interpolate(images.pixels, scale_factor=3)[0]  # so that outlines are thin beside tokens
     sites = [site for site in find_sites(pipe.unet) if slots[site.path]]
+    if not sites:
+        raise ValueError("no block has a slot map to draw: none has at a ratio of 0 or with merge_block=True")
     grids = [[downsampled(side, site.downsample) for side in images.latents.shape[-2:]] for site in sites]
     columns: dict[str, list[Tensor]] = {title: [image] * len(sites)}
     for step in sorted({0, steps // 2, steps - 1}):

@@ -42,8 +42,11 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"ratio": 50}, ValueError, r"ratio must be between 0 and 0\.75.*got 50"),
     ({"ratio": math.nan}, ValueError, r"ratio must be between 0 and 0\.75.*got nan"),
     ({"ratio": math.inf}, ValueError, r"ratio must be between 0 and 0\.75.*got inf"),
-    ({"max_downsample": 3}, ValueError, r"max_downsample must be None or one of \(1, 2, 4, 8\), got 3"),
-    ({"max_downsample": 0}, ValueError, r"max_downsample must be None or one of \(1, 2, 4, 8\), got 0"),
+    ({"max_downsample": 3}, ValueError, r"max_downsample must be None, 'finest' or one of \(1, 2, 4, 8\), got 3"),
+    ({"max_downsample": 0}, ValueError, r"max_downsample must be None, 'finest' or one of \(1, 2, 4, 8\), got 0"),
+    ({"max_downsample": "coarsest"}, TypeError, r"max_downsample must be an int, got 'coarsest' of type str"),
+    ({"tile": 1}, ValueError, r"tile must be None or at least 2 tokens, to hold a cell of 2 x 2; got 1"),
+    ({"tile": 2.0}, TypeError, r"tile must be an int, got 2\.0 of type float"),
     ({"max_downsample": 2.0}, TypeError, r"max_downsample must be an int, got 2\.0 of type float"),
     ({"max_downsample": True}, TypeError, r"max_downsample must be an int, got True of type bool"),
     ({"sx": 0}, ValueError, r"sx must be at least 1 token, got 0"),
@@ -52,14 +55,24 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sy": "2"}, TypeError, r"sy must be an int, got '2' of type str"),
     ({"sx": True}, TypeError, r"sx must be an int, got True of type bool"),
     ({"sx": 1, "sy": 1, "ratio": 0}, ValueError, r"sx and sy of 1 x 1 leave no source to merge"),
-    ({"sx": 33}, ValueError, r"sx must be at most 32, .*sample_size of 32; got 33"),
-    ({"sy": 64}, ValueError, r"sy must be at most 32, .*sample_size of 32; got 64"),
+    ({"sx": 33, "tile": None}, ValueError, r"sx must be at most 32, .*sample_size of 32; got 33"),
+    ({"sy": 64, "tile": 64}, ValueError, r"sy must be at most 32, .*sample_size of 32; got 64"),
     ({"use_rand": 1}, TypeError, r"use_rand must be True or False, got 1"),
     ({"use_rand": None}, TypeError, r"use_rand must be True or False, got None"),
     ({"merge_attn": "yes"}, TypeError, r"merge_attn must be True or False, got 'yes'"),
     ({"merge_crossattn": 1}, TypeError, r"merge_crossattn must be True or False, got 1"),
     ({"merge_mlp": 0}, TypeError, r"merge_mlp must be True or False, got 0"),
     ({"merge_attn": False}, ValueError, r"nothing to merge: at least one of merge_attn, merge_crossattn, merge_mlp"),
+    ({"merge_queries": None}, TypeError, r"merge_queries must be True or False, got None"),
+    ({"merge_block": 1}, TypeError, r"merge_block must be True or False, got 1"),
+    ({"prop_attn": "yes"}, TypeError, r"prop_attn must be True, False or None, got 'yes'"),
+    ({"merge_block": True, "merge_mlp": True}, ValueError, r"merge_mlp=True does nothing with merge_block=True"),
+    ({"merge_block": True, "merge_queries": False}, ValueError, r"merge_queries=False does nothing with merge_block="),
+    (
+        {"merge_queries": False, "merge_attn": False, "merge_mlp": True},
+        ValueError,
+        r"merge_queries=False does nothing with merge_attn=False",
+    ),
     ({"seed": -1}, ValueError, r"seed must be between 0 and 2\*\*32 - 1, got -1"),
     ({"seed": 2**32}, ValueError, r"seed must be between 0 and 2\*\*32 - 1, got 4294967296"),
     ({"seed": 1.0}, TypeError, r"seed must be an int, got 1\.0 of type float"),
@@ -83,21 +96,15 @@ def test_options_go_by_name_and_an_unknown_one_is_an_error() -> None:
         transform(two_stages(), generator=torch.Generator())  # type: ignore[call-arg]
 
 
-def test_one_match_for_one_block_is_an_option_that_does_nothing() -> None:
-    with pytest.raises(
-        ValueError, match="share_match=True does nothing: each transformer that is reached has one block"
-    ):
-        transform(two_stages(), share_match=True)
-    transform(sdxl(), max_downsample=4, share_match=True)
-
-
-def test_a_stride_may_be_as_large_as_the_finest_grid_with_attention() -> None:
+@pytest.mark.parametrize("options", [{}, {"tile": None}])
+def test_a_stride_may_be_as_large_as_the_finest_grid_with_attention(options: dict[str, Any]) -> None:
     with untouched(sdxl()):
-        assert isinstance(transform(sdxl(), sx=16, sy=16), UNet2DConditionModel)
+        widest = {"tile": 17, **options}  # which holds a cell as wide as the grid, and one wider
+        assert isinstance(transform(sdxl(), sx=16, sy=16, **widest), UNet2DConditionModel)
         with pytest.raises(ValueError, match=r"sx must be at most 16, .*sample_size of 32; got 17"):
-            transform(sdxl(), sx=17)
+            transform(sdxl(), sx=17, **widest)
         with pytest.raises(ValueError, match=r"sy must be at most 16, .*sample_size of 32; got 17"):
-            transform(sdxl(), sy=17)
+            transform(sdxl(), sy=17, **widest)
 
 
 # ------------------------------------------------------------------------------------------------ bad models

@@ -39,7 +39,7 @@ class Case(NamedTuple):
     batch: int
 
     def options(self) -> dict[str, Any]:
-        """What `tomesd.apply_patch` and `tome_fx.transform` are told alike."""
+        """What `tomesd.apply_patch` and `tome_fx.transform` are told alike; ours is told TOMESD as well."""
         sy, sx = self.stride
         return {
             "ratio": self.ratio,
@@ -110,10 +110,15 @@ def tomesd_serves(name: str, case: Case) -> bool:
     return True
 
 
+def ours_of(model: UNet2DConditionModel, case: Case) -> UNet2DConditionModel:
+    """Ours, with tomesd's mathematics."""
+    return tome_fx.transform(model, **{**tome_fx.TOMESD, **case.options()})
+
+
 def error(model: UNet2DConditionModel, case: Case, seed: int) -> float:
     """How far ours is from tomesd's, after making sure that merging did something to compare."""
     arguments = inputs(model, *case.latents, batch=case.batch, seed=seed)
-    ours = output(tome_fx.transform(model, **case.options()), arguments)
+    ours = output(ours_of(model, case), arguments)
     theirs = output(tomesd.apply_patch(copy.deepcopy(model), **case.options()), arguments)
     assert relative_error(theirs, output(model, arguments)) > 1e-3
     return relative_error(ours, theirs)
@@ -162,7 +167,7 @@ def test_a_unet_agrees_with_tomesd_in_float32_or_runs_where_tomesd_does_not(name
     arguments = inputs(model, *case.latents, batch=case.batch)
     with pytest.raises((RuntimeError, IndexError)):
         output(tomesd.apply_patch(copy.deepcopy(model), **case.options()), arguments)
-    ours = output(tome_fx.transform(model, **case.options()), arguments)
+    ours = output(ours_of(model, case), arguments)
     assert relative_error(ours, output(model, arguments)) > 1e-3  # the other levels merge
 
 
@@ -186,3 +191,26 @@ def test_sdxl_at_full_resolution_is_an_error_where_tomesd_does_nothing() -> None
         tome_fx.TransformError, match=r"max_downsample=1 reaches no block.*pass max_downsample=2 or more"
     ):
         tome_fx.transform(model, max_downsample=1)
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_tomesd_s_mathematics_by_its_name_is_what_tomesd_does_at_the_finest_level(name: str) -> None:
+    model = in_float64(name)
+    arguments = inputs(model)
+    ours = output(tome_fx.transform(model, 0.5, use_rand=False, **tome_fx.TOMESD), arguments)
+    finest = min(site.downsample for site in find_sites(model))
+    theirs = output(tomesd.apply_patch(copy.deepcopy(model), 0.5, use_rand=False, max_downsample=finest), arguments)
+    assert relative_error(ours, theirs) <= 1e-12
+
+
+@pytest.mark.parametrize("option, default", [("tile", 16), ("prop_attn", None), ("share_match", True)])
+def test_none_of_tomesd_s_options_can_be_left_out(option: str, default: object) -> None:
+    model, options = in_float64("sdxl"), {**tome_fx.TOMESD, "max_downsample": 4}
+    arguments = inputs(model, 40, 40)
+    theirs = output(tomesd.apply_patch(copy.deepcopy(model), 0.5, use_rand=False, max_downsample=4), arguments)
+    same, other = (
+        output(tome_fx.transform(model, 0.5, use_rand=False, **{**options, **more}), arguments)
+        for more in ({}, {option: default})
+    )
+    assert relative_error(same, theirs) <= 1e-12
+    assert relative_error(other, theirs) > 1e-4

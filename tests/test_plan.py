@@ -17,7 +17,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tome_fx.plan import DOWNSAMPLES, Grid, Plan, downsampled, kept, scramble
+from tome_fx.families.unet import merged_around, scopes_of
+from tome_fx.plan import DOWNSAMPLES, TOMESD, Grid, Plan, Side, downsampled, kept, scramble
 
 WIDEST = 2**33 - 1  # what scramble is made for
 
@@ -26,7 +27,9 @@ STRIDE = "{} must be at least 1 token, got {}"
 INTEGER = "{} must be an int, got {} of type {}"
 NUMBER = "ratio must be a number, got {} of type {}"
 SEED = "seed must be between 0 and 2**32 - 1, got {}"
-LEVEL = "max_downsample must be None or one of (1, 2, 4, 8), got {}"
+LEVEL = "max_downsample must be None, 'finest' or one of (1, 2, 4, 8), got {}"
+TILE = "tile must be None or at least {} tokens, to hold a cell of {}; got {}"
+PART = "{}={} does nothing with merge_block=True, which merges around the whole block; leave it out"
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"ratio": -0.01}, ValueError, RATIO.format("0.75", "2 x 2", "-0.01")),
@@ -56,6 +59,14 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_downsample": 16}, ValueError, LEVEL.format(16)),
     ({"max_downsample": True}, TypeError, INTEGER.format("max_downsample", "True", "bool")),
     ({"max_downsample": 2.0}, TypeError, INTEGER.format("max_downsample", "2.0", "float")),
+    ({"max_downsample": "coarsest"}, TypeError, INTEGER.format("max_downsample", "'coarsest'", "str")),
+    ({"tile": 1}, ValueError, TILE.format(2, "2 x 2", 1)),
+    ({"tile": 3, "sy": 4}, ValueError, TILE.format(4, "2 x 4", 3)),
+    ({"tile": 4, "sx": 5}, ValueError, TILE.format(5, "5 x 2", 4)),
+    ({"tile": 0}, ValueError, TILE.format(2, "2 x 2", 0)),
+    ({"tile": 16.0}, TypeError, INTEGER.format("tile", "16.0", "float")),
+    ({"tile": True}, TypeError, INTEGER.format("tile", "True", "bool")),
+    ({"tile": "16"}, TypeError, INTEGER.format("tile", "'16'", "str")),
     ({"seed": -1}, ValueError, SEED.format(-1)),
     ({"seed": 2**32}, ValueError, SEED.format(2**32)),
     ({"seed": 1.0}, TypeError, INTEGER.format("seed", "1.0", "float")),
@@ -63,9 +74,13 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"seed": 7, "use_rand": False}, ValueError, "seed=7 does nothing with use_rand=False; leave it at 0"),
     *(
         ({name: value}, TypeError, f"{name} must be True or False, got {value!r}")
-        for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp", "prop_attn")
+        for name in (
+            *("use_rand", "merge_attn", "merge_queries", "merge_crossattn", "merge_mlp", "merge_block"),
+            *("share_match", "dynamic_ratio"),
+        )
         for value in (1, None, "yes")
     ),
+    *(({"prop_attn": v}, TypeError, f"prop_attn must be True, False or None, got {v!r}") for v in (1, 0, "yes")),
     (
         {"prop_attn": True, "merge_attn": False, "merge_mlp": True},
         ValueError,
@@ -75,6 +90,18 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         {"merge_attn": False},
         ValueError,
         "nothing to merge: at least one of merge_attn, merge_crossattn, merge_mlp must be True",
+    ),
+    (
+        {"merge_queries": False, "merge_attn": False, "merge_mlp": True},
+        ValueError,
+        "merge_queries=False does nothing with merge_attn=False: it is about self-attention",
+    ),
+    *(
+        ({"merge_block": True, name: value}, ValueError, PART.format(name, value))
+        for name, value in (
+            *(("merge_attn", False), ("merge_queries", False)),
+            *(("merge_crossattn", True), ("merge_mlp", True)),
+        )
     ),
 ]
 
@@ -98,8 +125,15 @@ def test_a_wrong_option_is_refused_in_words_that_name_it_what_is_allowed_and_wha
         {"seed": 2**32 - 1},
         {"use_rand": False, "seed": 0},
         {"merge_attn": False, "merge_mlp": True},
-        {"prop_attn": True},
-        *({"max_downsample": level} for level in DOWNSAMPLES),
+        *({"prop_attn": value} for value in (True, False, None)),
+        {"prop_attn": False, "merge_attn": False, "merge_mlp": True},
+        *({"max_downsample": level} for level in (*DOWNSAMPLES, "finest", None)),
+        {"tile": None},
+        {"tile": 2},
+        {"tile": 5, "sx": 5, "sy": 1},
+        {"merge_block": True, "share_match": False},
+        {"merge_queries": False, "merge_crossattn": True},
+        TOMESD,
     ],
     ids=str,
 )
@@ -119,6 +153,7 @@ def test_a_plan_is_frozen_and_equal_plans_serve_as_one_key() -> None:
     "options, scopes",
     [
         ({}, ("attn1",)),
+        ({"merge_queries": False}, ("attn1",)),
         ({"merge_crossattn": True}, ("attn1", "attn2")),
         ({"merge_attn": False, "merge_mlp": True}, ("ff",)),
         ({"merge_mlp": True, "merge_crossattn": True}, ("attn1", "attn2", "ff")),
@@ -127,7 +162,14 @@ def test_a_plan_is_frozen_and_equal_plans_serve_as_one_key() -> None:
 def test_scopes_are_the_modules_merged_around_in_the_order_they_run(
     options: dict[str, Any], scopes: tuple[str, ...]
 ) -> None:
-    assert Plan(**options).scopes == scopes
+    plan = Plan(**options)
+    assert tuple(scope.module for scope in scopes_of(plan)) == merged_around(plan) == scopes
+
+
+def test_a_plan_for_whole_blocks_merges_around_no_part_of_them() -> None:
+    plan = Plan(merge_block=True)
+    assert not scopes_of(plan)
+    assert merged_around(plan) == ("block",)
 
 
 @settings(deadline=None)
@@ -146,6 +188,37 @@ def test_the_grid_counts_what_a_count_by_hand_counts(height: int, width: int, sx
     assert grid.merged <= grid.tokens - grid.cells, "more tokens are removed than there are sources"
     assert grid.match_flops(7) == 2 * 7 * len(cells) * (len(tokens) - len(cells))
     assert bool(grid.note) == (grid.merged == 0)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 80), st.integers(1, 5), st.integers(0, 20))
+@example(35, 2, 14)  # as many cells as tiles can hold, and a token over
+def test_a_side_is_cut_into_as_few_tiles_as_hold_its_cells_and_as_evenly(size: int, stride: int, more: int) -> None:
+    tile = stride + more
+    if size < stride:
+        return
+    side = Side.of(size, stride, tile)
+    cells = [side.each + (i < side.more) for i in range(side.tiles)]
+    tokens = [stride * count for count in cells]
+    tokens[-1] += size % stride
+    assert sum(tokens) == size
+    assert max(cells) - min(cells) <= 1
+    assert max(cells) * stride <= tile
+    assert len(cells) == 1 or (len(cells) - 1) * (tile // stride) < sum(cells), "fewer tiles would do"
+    assert side.most == max(cells)
+    assert side.longest >= max(tokens)
+    assert side.longest < max(tokens) + stride
+    assert Side.of(size, stride, None) == Side(size, stride, 1, size // stride, 0)
+
+
+@pytest.mark.parametrize("tile", [2, 4, 6, 8, 16])
+@pytest.mark.parametrize("height, width", [(8, 8), (8, 24), (12, 16), (17, 24)])
+def test_tiles_compare_the_sources_and_destinations_of_each_tile_alone(height: int, width: int, tile: int) -> None:
+    whole, tiled = (Grid(height, width, 2, 2, 0.5, tile=side).match_flops(7) for side in (None, tile))
+    if height % tile == width % tile == 0:
+        number = (height // tile) * (width // tile)
+        assert tiled == number * Grid(tile, tile, 2, 2, 0.5).match_flops(7)
+    assert (tiled < whole) == (max(height, width) > tile + 1)
 
 
 @pytest.mark.parametrize(

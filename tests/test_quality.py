@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -19,17 +19,35 @@ from support.models import one_stage, sdxl
 from torch import Tensor
 
 import tome_fx
-from bench import documents, metrics, pipelines, plots, quality, quality_tables, report, shapes, variants, viz
-from bench.cases import Case
-from bench.images import AsUNet, Images
+from bench import (
+    documents,
+    flops,
+    metrics,
+    pipelines,
+    plots,
+    quality,
+    quality_tables,
+    report,
+    shapes,
+    suites,
+    variants,
+    viz,
+)
+from bench.cases import DEFAULTS, Case, options
+from bench.images import AsUNet, Images, generate
 from bench.shapes.scenes import HELD_OUT, SIDE, draw, numbered
-from tome_fx import ops
 
 mpl.use("agg")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*CLIPImageProcessor.*"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def small_models_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Savings are not told of models that take seconds to count."""
+    monkeypatch.setattr(flops, "BESIDE", ("tiny",))
 
 
 def pictures(count: int = 64) -> Images:
@@ -84,22 +102,52 @@ def test_a_paired_difference_is_far_narrower_than_what_it_is_the_difference_of()
     assert quality_tables.paired(theirs, mine)[0] == pytest.approx(-1)
 
 
-def test_differences_are_told_where_both_rows_are_there() -> None:
-    cases = [Case(), Case("tome_fx", 0.5), Case("tomesd", 0.5), Case("tome_fx", 0.25), Case("tome_fx", 0.5, "all")]
-    cases += [Case("tome_fx", 0.5, max_downsample=2), Case("one-match", 0.5, max_downsample=2)]
-    rows = [
-        {"case": asdict(case), "psnr": [30.0 + i, 20.0 + i] if i else [None] * 2, "latent_error": [0.1 * i, 0.1 * i]}
+def rows_of(*cases: Case) -> list[dict[str, Any]]:
+    """Rows of two images each, one more decibel for each row; stock's are like stock's."""
+    return [
+        {
+            "case": case.stored(),
+            "psnr": [30.0 + i, 20.0 + i] if i else [None] * 2,
+            "latent_error": [0.1 * i, 0.1 * i],
+            "flops_saved": {"shapes": i / 10, "sdxl": i / 100},
+        }
         for i, case in enumerate(cases)
     ]
-    lines = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in quality_tables.differences({"rows": rows}).split("\n")
-    ]
+
+
+def cells_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")]
+
+
+def test_differences_are_told_where_both_rows_are_there() -> None:
+    cases = [Case(), Case("tome_fx", 0.5), Case("tomesd", 0.5), Case("tome_fx", 0.25), suites.LATE, suites.EARLY]
+    lines = cells_of(quality_tables.differences({"rows": rows_of(*cases)}))
+    alike = "-1.00 (-1.00 to -1.00)", "-0.100 (-0.100 to -0.100)"
     assert lines[2:] == [
-        ["`tome_fx` - `tomesd`", "0.5", "attn", "finest", "-1.00 (-1.00 to -1.00)", "-0.100 (-0.100 to -0.100)"],
-        ["`one-match` - `tome_fx`", "0.5", "attn", "2", "+1.00 (+1.00 to +1.00)", "+0.100 (+0.100 to +0.100)"],
-        ["all - attn", "0.5", "", "finest", "+3.00 (+3.00 to +3.00)", "+0.300 (+0.300 to +0.300)"],
+        ["keys and values, late - early", "0, 0.75 from 50%", "0.75, 0 from 50%", *alike],
+        ["`tome_fx` - `tomesd`", "0.5", "0.5", *alike],
     ]
+
+
+def test_every_question_has_its_rows_in_the_suite() -> None:
+    asked = {case for _, *pair in suites.QUESTIONS for case in pair}
+    assert asked <= set(suites.SUITES["all"])
+    assert {*suites.POINTS.values(), suites.YARDSTICK} <= set(suites.SUITES["all"])
+    assert all(first != second for _, first, second in suites.QUESTIONS)
+    large = suites.SUITES["large"]
+    assert set(large) <= set(suites.SUITES["all"])
+    assert any(first in large and second in large for title, first, second in suites.QUESTIONS if "tiles" in title)
+    for case in suites.SUITES["all"]:
+        variants.check(case)
+
+
+def test_the_table_tells_a_rows_options_its_savings_and_what_the_yardstick_is_for() -> None:
+    case = Case("tome_fx", 0, options(merge_queries=False, tile=None), ((0.5, 0.75),))
+    lines = cells_of(quality_tables.table({"rows": rows_of(Case(), case, Case("bf16"))}))
+    assert lines[0][:4] == ["variant", "ratio", "options", "FLOPs saved: shapes / sdxl"]
+    assert lines[2][:4] == ["`stock`", "", "", ""]
+    assert lines[3][:4] == ["`tome_fx`", "0, 0.75 from 50%", "merge_queries=False, tile=None", "10.0% / 1.0%"]
+    assert lines[4][:4] == ["`bf16`", "", "a bf16 UNet is this far from an fp32 one", "20.0% / 2.0%"]
 
 
 def test_prompts_are_read_from_lines_or_from_the_column_of_a_tsv(tmp_path: Path) -> None:
@@ -119,16 +167,17 @@ def test_prompts_are_read_from_lines_or_from_the_column_of_a_tsv(tmp_path: Path)
 @pytest.mark.slow
 def test_a_run_gives_every_variant_the_same_seeds_and_keeps_all_values(tmp_path: Path) -> None:
     cases = [Case(), Case("tome_fx", 0.5), Case("tome_fx", 0.0)]
-    cases += [Case(variant, 0.5) for variant in ("each-step", "tomesd", "prop_attn")]
+    cases += [Case(variant, 0.5) for variant in ("each-step", "tomesd", "v0.1")]
     options: dict[str, Any] = {"count": 3, "steps": 2, "guidance": 3.0, "prompts": None, "batch": 2, "keep": 1}
     document, kept = quality.run("shapes", cases, path=tmp_path / "q.json", **options)
     rows = {row["case"]["variant"] + str(row["case"]["ratio"]): row for row in document["rows"]}
     assert rows["stock0.0"]["latent_error"] == rows["tome_fx0.0"]["latent_error"] == [0.0] * 3
-    for name in ("tome_fx0.5", "each-step0.5", "tomesd0.5", "prop_attn0.5"):
+    for name in ("tome_fx0.5", "each-step0.5", "tomesd0.5", "v0.10.5"):
         assert all(0 < error < 0.5 for error in rows[name]["latent_error"])
         assert len(rows[name]["right"]) == 3
     assert len({tuple(row["latent_error"]) for row in document["rows"]}) == 5
-    assert fmean(rows["prop_attn0.5"]["latent_error"]) < fmean(rows["tome_fx0.5"]["latent_error"])
+    assert fmean(rows["tome_fx0.5"]["latent_error"]) < fmean(rows["v0.10.5"]["latent_error"])
+    assert rows["v0.10.5"]["flops_saved"] == rows["tomesd0.5"]["flops_saved"] != rows["tome_fx0.5"]["flops_saved"]
     assert [images.shape for images in kept.values()] == [(1, 3, SIDE, SIDE)] * 6
     assert all(row["argv"] == sys.argv[1:] for row in document["rows"])
     assert document["real"].keys() == {"right", "counted", "frechet"}
@@ -156,50 +205,105 @@ def test_the_image_of_a_prompt_has_its_own_seed_whatever_the_batch(tmp_path: Pat
     assert (images[0][1] - images[0][2]).abs().max() > 0.01
 
 
-def test_every_case_has_a_title_of_its_own() -> None:
-    cases = [Case(), Case("tome_fx", 0.5), Case("tome_fx", 0.25), Case("tome_fx", 0.5, "all")]
-    cases += [Case("tome_fx", 0.5, max_downsample=2), Case("tome_fx", 0.5, "all", 2)]
-    assert [case.title for case in cases[:2]] == ["stock, ratio 0", "tome_fx, ratio 0.5"]
-    assert cases[-1].title == "tome_fx, ratio 0.5, all, levels 2"
-    assert len({case.title for case in cases}) == len(cases)
+def test_every_case_has_a_title_of_its_own_and_is_read_as_it_was_stored() -> None:
+    cases = suites.SUITES["all"]
+    titles = {case.title: case for case in cases}
+    assert len(titles) == len(set(cases))
+    assert [Case().title, Case("tome_fx", 0.5).title] == ["stock, ratio 0", "tome_fx, ratio 0.5"]
+    assert titles["tome_fx, ratio 0, 0.75 from 50%, merge_queries=False"] == suites.LATE
+    assert "tome_fx, ratio 0.5, max_downsample=8, share_match=False" in titles
+    assert [Case.read(json.loads(json.dumps(case.stored()))) for case in cases] == list(cases)
+
+
+def test_an_options_default_is_left_out_of_a_case() -> None:
+    assert options(**DEFAULTS) == ()
+    assert options(tile=16, merge_mlp=True, prop_attn=None) == (("merge_mlp", True),)
+    assert options(tile=None, merge_mlp=True) == options(merge_mlp=True, tile=None)
+
+
+def test_what_0_1_did_is_tomesds_mathematics() -> None:
+    unet = one_stage()
+    found = variants.apply(Case("v0.1", 0.5, options(sx=4)), unet)
+    expected = tome_fx.transform(unet, 0.5, **tome_fx.TOMESD, sx=4)
+    assert tome_fx.api.transformed(found)[1].plan == tome_fx.api.transformed(expected)[1].plan
 
 
 @pytest.mark.parametrize(
     ("case", "message"),
     [
         (Case("todo", 0.5), "ratio must be 0.75 for todo, got 0.5"),
-        (Case("todo", 0.75, "all"), "scope must be attn for todo, got all"),
-        (Case("todo", 0.75, max_downsample=2), "max_downsample must be None for todo, got 2"),
-        (Case("tomesd", 0.5, max_downsample=2), "max_downsample must be None for tomesd, got 2"),
-        (Case("stock", 0.5), "ratio must be 0.0 for stock, got 0.5"),
+        (Case("todo", 0.75, options(merge_mlp=True)), "options must be of none for todo, got merge_mlp=True"),
+        (Case("hidiffusion", 0.5), "ratio must be 0.75 for hidiffusion, got 0.5"),
+        (Case("tomesd", 0.5, options(tile=None)), "options must be of merge_attn, .* for tomesd, got tile=None"),
+        (Case("v0.1", 0.5, options(tile=8)), "options must be of .* for v0.1, got tile=8"),
+        (Case("each-step", 0.5, options(seed=1)), "options must be of .* for each-step, got seed=1"),
+        (Case("stock", 0.5), "ratio must be 0 for stock, got 0.5"),
+        (Case("bf16", 0, (), ((0.5, 0.5),)), "ratio must be 0 for bf16, got 0, 0.5 from 50%"),
+        (Case("tome_fx", 0.5, (("tiles", 8),)), "options must be of .* for tome_fx, got tiles=8"),
     ],
 )
 def test_an_option_that_a_variant_would_pass_over_is_refused(case: Case, message: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"count": 1, "steps": 1, "guidance": 3.0, "prompts": None, "path": tmp_path / "q.json"}
+    given: dict[str, Any] = {"count": 1, "steps": 1, "guidance": 3.0, "prompts": None, "path": tmp_path / "q.json"}
     with pytest.raises(ValueError, match=message):
-        quality.run("shapes", [Case(), case], **options)
+        quality.run("shapes", [Case(), case], **given)
     assert not (tmp_path / "q.json").exists()
+
+
+def test_stock_in_half_precision_is_told_from_full_precision_alone(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"count": 1, "steps": 1, "guidance": 3.0, "prompts": None, "path": tmp_path / "q.json"}
+    with pytest.raises(ValueError, match="dtype must be fp32 for bf16, which is told from it; got fp16"):
+        quality.run("shapes", [Case(), Case("bf16")], dtype="fp16", **given)
 
 
 @pytest.mark.slow
 def test_rows_are_added_to_those_of_the_file_and_timed_in_turns(tmp_path: Path) -> None:
     path = tmp_path / "q.json"
-    options: dict[str, Any] = {"steps": 1, "guidance": 3.0, "prompts": None, "path": path}
-    quality.run("shapes", [Case(), Case("tome_fx", 0.5)], count=1, **options)
-    first, _ = quality.run("shapes", [Case(), Case("each-step", 0.25)], count=1, **options)
+    given: dict[str, Any] = {"steps": 1, "guidance": 3.0, "prompts": None, "path": path}
+    quality.run("shapes", [Case("tome_fx", 0.5)], count=1, **given)
+    first, _ = quality.run("shapes", [Case(), Case("each-step", 0.25)], count=1, **given)
     assert [row["case"]["variant"] for row in first["rows"]] == ["stock", "tome_fx", "each-step"]
     document = quality.add_times(path, 16, rounds=2)
-    assert [len(row.pop("ms")) for row in document["rows"]] == [2, 2, 2]
-    assert document["rows"] == first["rows"]
+    assert [len(row["ms"]) for row in document["rows"]] == [2, 2, 2]
+    assert [{key: value for key, value in row.items() if key != "ms"} for row in document["rows"]] == first["rows"]
     assert document["timed"]["latents"] == 16
     told = "\n".join(report._quality(documents.read(path)))
     assert f"`python -m bench {' '.join(document['timed']['argv'])}`, commit " in told
     (drawn,) = plots.write({"quality": documents.read(path)}, tmp_path)
     assert drawn.exists()
-    with pytest.raises(ValueError, match=r"q.json holds images of another size; give another file"):
-        quality.run("shapes", [Case()], count=1, size={"height": 64, "width": 64}, **options)
+    with pytest.raises(ValueError, match=r"q.json holds results of another size; give another file"):
+        quality.run("shapes", [Case()], count=1, size={"height": 64, "width": 64}, **given)
     with pytest.raises(ValueError, match=r"q.json holds results of another count, prompts; give another file"):
-        quality.run("shapes", [Case()], count=2, **options)
+        quality.run("shapes", [Case()], count=2, **given)
+    more, _ = quality.run("shapes", [Case("todo", 0.75)], count=1, **given)
+    assert "timed" not in more
+    assert not any("ms" in row for row in more["rows"])
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_with_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def stopped(*args: Any, **how: Any) -> Images:
+        made.append(how["title"])
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return generate(*args, **how)
+
+    monkeypatch.setattr(quality, "judging", lambda scenes: lambda images: {})  # which takes seconds
+    monkeypatch.setattr(quality, "generate", stopped)
+    given: dict[str, Any] = {"count": 1, "steps": 1, "guidance": 3.0, "prompts": None, "path": tmp_path / "q.json"}
+    cases = [Case(), Case("todo", 0.75), Case("hidiffusion", 0.75)]
+    with pytest.raises(KeyboardInterrupt):
+        quality.run("shapes", cases, **given)
+    document, _ = quality.run("shapes", cases, **given)
+    assert [row["case"]["variant"] for row in document["rows"]] == ["stock", "todo", "hidiffusion"]
+    assert made == [case.title for case in [*cases, Case(), cases[-1]]]
+    again, _ = quality.run("shapes", cases, **given)
+    assert again == document
+    assert len(made) == 5
+    _, pictures = quality.run("shapes", cases[:2], keep=1, **given)
+    assert list(pictures) == cases[:2]
+    assert documents.read(tmp_path / "q.json").keys() == document.keys()
 
 
 def test_a_speed_up_is_the_median_over_rounds() -> None:
@@ -210,16 +314,22 @@ def test_a_speed_up_is_the_median_over_rounds() -> None:
     assert quality_tables.speed_range(rows[1], rows) == (2, 1, 3)
 
 
-def test_quality_over_speed_up_is_drawn_for_each_scope(tmp_path: Path) -> None:
-    cases = [Case(), *(Case("tome_fx", ratio, scope) for scope in ("attn", "all") for ratio in (0.25, 0.5))]
-    rows = [{"case": asdict(case), "ssim": [0.9, 0.8], "ms": [1.0]} for case in cases]
+def test_the_frontier_is_what_nothing_else_is_above_of_at_as_much_saved() -> None:
+    places = [(0.1, 50.0), (0.2, 40.0), (0.2, 45.0), (0.15, 44.0), (0.3, 30.0), (0.3, 31.0)]
+    assert plots.frontier(places) == [(0.1, 50.0), (0.2, 45.0), (0.3, 31.0)]
+    assert plots.frontier([]) == []
+
+
+def test_quality_over_flops_is_drawn_with_peers_advice_and_yardstick() -> None:
+    cases = [Case(), Case("bf16"), *suites.POINTS.values(), Case("tomesd", 0.5), Case("v0.1", 0.25)]
     axes: Any
     figure, axes = plt.subplots()
-    plots.draw_tradeoff(axes, rows)
+    plots.draw_frontier(axes, rows_of(*cases), "shapes")
     plt.close(figure)
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert sorted(labels) == ["stock", "tome_fx, all", "tome_fx, attn"]
-    assert [text.get_text() for text in axes.texts] == ["0.25", "0.5"] * 2
+    assert labels == ["tome_fx", "v0.1", "tomesd", "a bf16 UNet is this far from an fp32 one"]
+    assert {text.get_text() for text in axes.texts} == {*suites.POINTS, "0.5", "0.25"}
+    assert axes.lines[-1].get_ydata()[0] == 26  # the mean of the yardstick's 31 and 21
 
 
 def test_another_pipeline_needs_prompts_and_is_told_what_cannot_be_measured(tmp_path: Path, monkeypatch: Any) -> None:
@@ -287,36 +397,38 @@ def test_precision_batch_and_size_are_the_users_and_are_told(tmp_path: Path) -> 
     given += ["--dtype", "bf16", "--batch", "1"]
     quality.main(parser.parse_args([*given, "--height", "64", "--width", "96"]))
     document = documents.read(path)
-    assert (document["size"], document["dtype"], document["device"]) == ([64, 96], "bf16", "cpu")
+    assert document["size"] == {"height": 64, "width": 96}
+    assert (document["dtype"], document["device"]) == ("bf16", "cpu")
     assert document["machine"]["gpu"] is None
     timed = quality.add_times(path, 8, 1, dtype="bf16")["timed"]
     assert (timed["dtype"], timed["device"]) == ("bf16", "cpu")
 
 
-def test_one_match_leaves_one_match_for_stacked_blocks() -> None:
-    unet = sdxl()
-    ours = tome_fx.transform(unet, 0.5, max_downsample=4)
-    shared = variants.apply(Case("one-match", 0.5, max_downsample=4), unet)
-    for path, module in ours.named_modules():
-        if type(module).__name__ == "Transformer2DModel" and hasattr(module, "graph"):
-            count = [
-                sum(node.target is ops.match for node in graph.nodes)
-                for graph in (module.graph, shared.get_submodule(path).graph)
-            ]
-            assert count == [len(module.transformer_blocks), 1]
-    with torch.no_grad():
-        given = model_inputs(unet)
-        assert not torch.equal(shared(**given).sample, ours(**given).sample)
-
-
-def test_other_destinations_in_every_step_come_round_again() -> None:
+def test_other_destinations_and_windows_in_every_step_come_round_again() -> None:
     unet = one_stage()
     given = model_inputs(unet)
+    for case in (Case("each-step", 0.5), Case("hidiffusion", 0.75)):
+        with torch.no_grad():
+            call = variants.apply(case, unet, 3)
+            outputs = [variants.predict(call, given) for _ in range(6)]
+        assert not torch.equal(outputs[0], outputs[1])
+        assert all(torch.equal(outputs[i], outputs[i + 3]) for i in range(3))
+
+
+def test_a_schedule_merges_as_the_librarys_own_does() -> None:
+    unet = one_stage()
+    case = Case("tome_fx", 0, (), ((0.25, 0.25), (0.5, 0.75)))
+    schedule = tome_fx.RatioSchedule({0: 0, 0.25: 0.25, 0.5: 0.75}, tome_fx.transform(unet, 0.5))
+    for steps in (1, 3, 12):
+        assert case.ratios(steps) == [schedule.ratio_at(step, steps) for step in range(steps)]
+    given = model_inputs(unet)
     with torch.no_grad():
-        call = variants.each_step(unet, Case("each-step", 0.5), 3)
-        outputs = [call(**given).sample for _ in range(6)]
-    assert not torch.equal(outputs[0], outputs[1])
-    assert all(torch.equal(outputs[i], outputs[i + 3]) for i in range(3))
+        predict = partial(variants.predict, inputs=given)
+        expected = [predict(variants.apply(Case("tome_fx", ratio), unet)) for ratio in (0, 0.25, 0.75, 0.75)]
+        call = variants.apply(case, unet, 4)
+        outputs = [predict(call) for _ in range(8)]
+    assert all(torch.equal(output, expected[i % 4]) for i, output in enumerate(outputs))
+    assert torch.equal(outputs[0], predict(unet))
 
 
 def test_a_merge_map_paints_each_group_in_its_mean_colour_and_leaves_the_rest() -> None:
@@ -352,6 +464,13 @@ def test_slots_are_recorded_and_the_model_is_left_without_hooks() -> None:
     assert not any(module._forward_pre_hooks for module in unet.modules())
 
 
+def test_blocks_without_a_slot_map_make_no_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = tome_fx.transform(one_stage(), 0.5, merge_block=True)
+    monkeypatch.setattr(viz, "generate", lambda *args, **how: pictures(1))
+    with pytest.raises(ValueError, match="no block has a slot map to draw: none has at a ratio of 0 or with merge_bl"):
+        viz.merge_maps(tmp_path / "map.png", SimpleNamespace(unet=unet), "a circle", "map", steps=1, guidance=1.0)
+
+
 def test_a_grid_is_written_with_a_column_for_each_title(tmp_path: Path) -> None:
     images = [torch.rand(3, 8, 8) for _ in range(2)]
     viz.grid(tmp_path / "two.png", {"a": images, "b": images}, ["first", "second"])
@@ -381,6 +500,7 @@ def test_the_command_writes_a_map_of_each_site_and_a_grid_of_each_row(tmp_path: 
     ("options", "message"),
     [
         (["--map", "m.png", "--n", "4", "--variant", "tomesd"], "--map goes with .* alone; --n, --variant would do"),
+        (["--suite", "large", "--ratio", "0.5"], "--suite goes with .* alone; --ratio would do nothing"),
         (["--map", "m.png", "--ratio", "0.25", "0.5"], "ratio must be one for --map, got 0.25, 0.5"),
         (["--time", "64", "--ratio", "0.5"], "--time goes with --json, --device, --dtype alone; --ratio would do"),
         (["--time", "64", "--map", "m.png"], "--map would do nothing"),

@@ -1,58 +1,44 @@
-"""The contract of `tome_fx.graph.rewrite`.
+"""The contract of the pass for a block, of `tome_fx.graph.rewrite`.
 
-The passes change a graph in place at the modules they are told, at every call of these and at no other, and return
-how many calls that was. Every merge has one unmerge, with the same slot map, and nobody reads a merged result past
-its unmerge. The rewritten graph computes what the three operations give when they are written out by hand. None of
-the modules here has anything to do with diffusers.
+The pass changes a graph in place at the modules it is told, at every call of these and at no other, and returns how
+many calls that was. Every merge has one unmerge, with the same slot map, and nobody reads a merged result past its
+unmerge; where queries stay whole, keys and values are merged and nothing is unmerged. The rewritten graph computes what
+the operations give when they are written out by hand. None of the modules here has anything to do with diffusers.
 """
 
 import operator
-import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support.graphs import (
+    Trace,
+    by_template,
+    checkpointed,
+    chunked,
+    code,
+    counts,
+    is_call_of,
+    log_sizes,
+    matched,
+    tracers,
+)
 from torch import Tensor, fx, nn
 
-from tome_fx import ops, plan
+from tome_fx import ops
 from tome_fx.graph import nodes
-from tome_fx.graph.rewrite import MatchPass, MergePass, insert_match, insert_merge
-from tome_fx.graph.scopes import Scope, Stack
+from tome_fx.graph.rewrite import MergePass, insert_merge
+from tome_fx.graph.scopes import Scope
 from tome_fx.graph.structure import Structure
 from tome_fx.graph.trace import trace as trace_call
 from tome_fx.plan import TransformError
-
-RATIO = 0.5
-STRIDES = {"sx": 2, "sy": 2}
-MATCH: dict[str, Any] = {**STRIDES, "seed": 7}
 
 
 def scopes(*modules: str) -> list[Scope]:
     """Modules whose tokens are called x, and attention that takes weights."""
     return [Scope(name, tokens="x", weights="attention_mask" if name == "attn" else None) for name in modules]
-
-
-def stack(*blocks: str) -> Stack:
-    """Blocks of the outer graph, which take x and gain."""
-    defaults = ((None, 1.0),) * len(blocks)
-    return Stack(blocks, tokens="x", defaults=defaults, image="image", grid=ops.grid_of, ratio="ratio")
-
-
-def checkpointed(function: nn.Module, *args: Tensor, **kwargs: Any) -> Any:
-    """A function that is handed a module and its arguments, as checkpointing is."""
-    return function(*args, **kwargs)
-
-
-def chunked(size: int, function: nn.Module, tokens: Any) -> Tensor:
-    """The same, with an argument before the module."""
-    return torch.cat([function(chunk) for chunk in tokens.split(size, dim=-2)], dim=-2)
-
-
-def positional(function: nn.Module, *args: Any) -> Any:
-    """The same, without keywords: the function that diffusers' `enable_gradient_checkpointing` sets."""
-    return function(*args)
 
 
 class Block(nn.Module):
@@ -82,79 +68,6 @@ class Indirect(Block):
     def forward(self, x: Tensor) -> Tensor:
         x = x + checkpointed(self.attn, self.norm(x))
         return x + chunked(4, self.ff, x)
-
-
-class Shifted(nn.Module):
-    """A block of the outer graph, rewritten already: its result tells which slot map it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor, gain: float = 1.0, slots: ops.SlotMap | None = None) -> Tensor:
-        y: Tensor = self.proj(x) * gain
-        return ops.unmerge(ops.merge(y, slots), slots)
-
-
-class Outer(nn.Module):
-    """An image in, blocks over its tokens, an image out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = Shifted(), Shifted()
-        self.ratio = ops.as_read(RATIO, dynamic=False)
-
-    def forward(self, noise: Tensor, image: Tensor) -> Tensor:
-        tokens: Tensor = image.flatten(2).mT
-        tokens = self.first(tokens, gain=2.0)
-        tokens = checkpointed(self.second, tokens)
-        return tokens.mT.reshape(image.shape) + noise
-
-
-def by_template(module: nn.Module) -> fx.Graph:
-    """Traced by our own tracer."""
-    structure = Structure.of(module, type(module), ("checkpointed", "chunked", "positional"))
-    kinds = ("4d", "4d") if isinstance(module, Outer) else ("3d",)
-    return trace_call(structure, kinds, structure.settings(module))
-
-
-class LeafTracer(fx.Tracer):
-    """torch.fx's own tracer; every child is a leaf, and so are the functions above."""
-
-    def __init__(self) -> None:
-        super().__init__(autowrap_functions=(checkpointed, chunked, positional))
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, nn.Module):
-            return self.create_node("get_attr", self.path_of_module(a), (), {})
-        return super().create_arg(a)
-
-
-def by_fx(module: nn.Module) -> fx.Graph:
-    return LeafTracer().trace(module)
-
-
-tracers = pytest.mark.parametrize("trace", [by_template, by_fx])
-Trace = Callable[[nn.Module], fx.Graph]
-
-
-def counts(graph: fx.Graph) -> Counter[Any]:
-    """How often each target is in a graph."""
-    return Counter(node.target for node in graph.nodes)
-
-
-def code(graph: fx.Graph) -> list[str]:
-    """The lines of the generated forward, without the parts that free what is not needed any more."""
-    lines = graph.python_code("self").src.splitlines()
-    return [re.sub(r";  [\w =]+ = None", "", line).strip() for line in lines if line.strip()]
-
-
-def is_call_of(node: fx.Node, module: str) -> bool:
-    arguments = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
-    return (node.op == "call_module" and node.target == module) or module in [a.target for a in arguments]
 
 
 def assert_paired(graph: fx.Graph) -> int:
@@ -215,81 +128,16 @@ def test_the_code_of_a_merged_block_reads_as_the_docstring_says() -> None:
 
 def test_the_code_of_weighed_attention_reads_as_the_docstring_says() -> None:
     graph = by_template(Block())
-    assert insert_merge(graph, scopes("attn", "ff"), weigh=True) == assert_paired(graph) == 2
+    assert insert_merge(graph, scopes("attn", "ff"), weigh=log_sizes) == assert_paired(graph) == 2
     assert code(graph)[1:7] == [
         "norm = self.norm(x)",
         "merge = tome_fx_ops_merge(norm, slots)",
-        "log_sizes = tome_fx_ops_log_sizes(norm, slots)",
         "attn_1 = self.attn",
+        "log_sizes = support_graphs_log_sizes(attn_1, norm, slots)",
         "attend = tome_fx_graph_nodes_attend(attn_1, merge, attention_mask = log_sizes)",
         "unmerge = tome_fx_ops_unmerge(attend, slots)",
     ]
-    assert counts(graph)[ops.log_sizes] == 1
-
-
-def test_the_code_of_an_outer_graph_matches_before_each_named_block() -> None:
-    graph = by_template(Outer())
-    assert insert_match(graph, stack("first", "second"), **MATCH) == 2
-    lines = code(graph)
-    match = "tome_fx_ops_match({}, getitem, getitem_1, kept = kept, sx = 2, sy = 2, seed = 7)"
-    assert lines[:10] == [
-        "def forward(self, noise, image):",
-        "grid_of = tome_fx_ops_grid_of(image)",
-        "getitem = grid_of[0]",
-        "getitem_1 = grid_of[1]",
-        "ratio = self.ratio",
-        "kept = tome_fx_ops_kept(getitem, getitem_1, ratio)",
-        "flatten = image.flatten(2)",
-        "getattr_1 = flatten.mT",
-        f"match = {match.format('getattr_1')}",
-        "first = self.first(getattr_1, gain = 2.0, slots = match)",
-    ]
-    assert f"match_1 = {match.format('first')}" in lines
-
-
-@tracers
-def test_a_stack_may_be_matched_once_for_all_of_its_blocks(trace: Trace) -> None:
-    outer = Outer()
-    noise, image = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    graph = trace(outer)
-    MatchPass(stack("first", "second"), **MATCH, once=True)(graph)
-    assert counts(graph)[ops.match] == 1
-    tokens = image.flatten(2).mT
-    slots = matched(tokens, 4, 5, 7)
-    expected = outer.second(outer.first(tokens, gain=2.0, slots=slots), slots=slots).mT.reshape(image.shape) + noise
-    torch.testing.assert_close(fx.GraphModule(outer, graph)(noise, image), expected, rtol=1e-6, atol=1e-6)
-
-
-@tracers
-def test_a_block_that_is_not_named_gets_no_slot_map(trace: Trace) -> None:
-    graph = trace(Outer())
-    before = counts(graph)
-    assert insert_match(graph, stack("first", "absent"), **MATCH) == 1
-    graph.lint()
-    new = {ops.match: 1, ops.kept: 1, ops.grid_of: 1, operator.getitem: 2, "ratio": 1}
-    assert counts(graph) - before == Counter(new)
-    (second,) = [node for node in graph.nodes if is_call_of(node, "second")]
-    assert second.kwargs == {}
-    assert ops.match not in {node.target for node in second.all_input_nodes}
-
-
-@tracers
-def test_an_input_may_be_named_as_the_sizes_are(trace: Trace) -> None:
-    class Named(Outer):
-        def forward(self, height: Tensor, image: Tensor) -> Tensor:
-            return super().forward(height, image)
-
-    graph = trace(Named())
-    insert_match(graph, stack("first"), **MATCH)
-    graph.lint()
-
-
-@tracers
-def test_where_no_block_is_named_the_outer_graph_stays_as_it_was(trace: Trace) -> None:
-    graph = trace(Outer())
-    before = code(graph)
-    assert insert_match(graph, stack("absent"), **MATCH) == 0
-    assert code(graph) == before
+    assert counts(graph)[log_sizes] == 1
 
 
 @tracers
@@ -306,25 +154,18 @@ def test_every_use_of_a_result_reads_it_unmerged(trace: Trace) -> None:
 
 
 @tracers
-@pytest.mark.parametrize("kind", [Block, Repeated, Indirect, Outer])
+@pytest.mark.parametrize("kind", [Block, Repeated, Indirect])
 def test_rewriting_the_same_module_again_prints_the_same_code(kind: type[nn.Module], trace: Trace) -> None:
     module = kind()
     printed = []
     for _ in range(2):
         graph = trace(module)
-        if kind is Outer:
-            insert_match(graph, stack("first", "second"), **MATCH)
-        else:
-            insert_merge(graph, scopes("attn", "ff"))
+        insert_merge(graph, scopes("attn", "ff"))
         printed.append(graph.python_code("self").src)
     assert printed[0] == printed[1]
 
 
 # Numerics: what the graph computes is what the same lines compute by hand.
-
-
-def matched(x: Tensor, height: int, width: int, seed: int | None) -> ops.SlotMap | None:
-    return ops.match(x, height, width, kept=plan.kept(height, width, RATIO), **STRIDES, seed=seed)
 
 
 def tokens_and_slots() -> tuple[Tensor, ops.SlotMap]:
@@ -348,43 +189,12 @@ def test_a_merged_block_computes_what_merge_and_unmerge_by_hand_give(kind: type[
     assert not torch.allclose(y, block(x)), "merging has changed nothing, so this shows nothing"
 
 
-@tracers
-def test_an_outer_graph_computes_what_matches_by_hand_give(trace: Trace) -> None:
-    outer = Outer()
-    noise, image = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    graph = trace(outer)
-    insert_match(graph, stack("first", "second"), **MATCH)
-    x = image.flatten(2).mT
-    x = outer.first(x, gain=2.0, slots=matched(x, 4, 5, 7))
-    x = outer.second(x, slots=matched(x, 4, 5, 7))
-    expected = x.mT.reshape(image.shape) + noise
-    torch.testing.assert_close(fx.GraphModule(outer, graph)(noise, image), expected, rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(expected, outer(noise, image)), "merging has changed nothing, so this shows nothing"
-
-
-@tracers
-def test_a_block_called_through_a_function_without_keywords_is_handed_its_slot_map(trace: Trace) -> None:
-    class Positional(Outer):
-        def forward(self, noise: Tensor, image: Tensor) -> Tensor:
-            result: Tensor = positional(self.first, image.flatten(2).mT)
-            return result
-
-    outer, image = Positional(), torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    graph = trace(outer)
-    assert insert_match(graph, stack("first"), **MATCH) == 1
-    x = image.flatten(2).mT
-    expected = outer.first(x, slots=matched(x, 4, 5, 7))
-    torch.testing.assert_close(fx.GraphModule(outer, graph)(image, image), expected, rtol=1e-6, atol=1e-6)
-
-
 def test_a_pass_asks_for_one_call_of_each_module() -> None:
     for modules in (("attn",), ("attn", "ff"), ("absent",)):
         with pytest.raises(
             TransformError, match=f"expected one call each of {', '.join(modules)}, found calls of attn"
         ):
             MergePass(tuple(scopes(*modules)))(by_template(Repeated()))
-    with pytest.raises(TransformError, match="expected one call each of first, absent, found calls of"):
-        MatchPass(stack("first", "absent"), **MATCH)(by_template(Outer()))
 
 
 # What calls of blocks and of modules in them may look like.
@@ -418,7 +228,7 @@ def test_tokens_may_be_given_by_name_and_come_back_in_a_tuple(trace: Trace, weig
     block.attn = Joint()  # type: ignore[assignment]
     graph = trace(block)
     scope = Scope("attn", tokens="x", result=1, weights="attention_mask")
-    assert insert_merge(graph, [scope], weigh=weigh) == 1
+    assert insert_merge(graph, [scope], weigh=log_sizes if weigh else None) == 1
     assert [n.args[1] for n in graph.nodes if n.target is ops.unmerge] == [slots_of(graph)]
     normed = block.norm(x)
     mask = ops.log_sizes(normed, slots) if weigh else None
@@ -463,7 +273,7 @@ def test_what_has_an_entry_for_each_token_is_refused_with_merged_ones_and_served
         tokens = graph.call_function(operator.getitem, (call, 1))
     call.replace_all_uses_with(tokens)
     tokens.update_arg(0, call)
-    insert_merge(graph, [scope], weigh=weigh)
+    insert_merge(graph, [scope], weigh=log_sizes if weigh else None)
     rewritten, mask = fx.GraphModule(block, graph), torch.randn(2, 1, 12)
     assert torch.equal(rewritten(x, mask), x + block.attn(block.norm(x), attention_mask=mask)[1])
     with pytest.raises(
@@ -491,16 +301,69 @@ def test_attention_to_other_keys_than_those_given_is_refused_in_words() -> None:
         nodes.attend(lambda: 1 / 0)  # type: ignore[arg-type]
 
 
-def test_a_block_called_by_position_gets_its_slot_map_after_all_arguments_and_is_a_module() -> None:
-    outer, image = Outer(), torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    graph = by_template(outer)
-    insert_match(graph, stack("second"), **MATCH)
-    (call,) = [node for node in graph.nodes if node.target is checkpointed]
-    assert [str(argument) for argument in call.args] == ["second", "first", "1.0", "match"]
-    seen: list[Any] = []
-    outer.second.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
-    fx.GraphModule(outer, graph)(image, image)
-    assert isinstance(seen[0], ops.SlotMap)
+# Keys and values alone: what attends stays whole.
+
+
+class Cross(nn.Module):
+    """Attention to other tokens, where there are any."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        keys = x if context is None else context
+        scores = x @ keys.mT
+        return (scores if attention_mask is None else scores + attention_mask).softmax(-1) @ keys
+
+
+class CrossBlock(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Cross()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.attn(self.norm(x), context=None)
+        y = y + self.ff(y)
+        return y
+
+
+class CrossThroughFunction(CrossBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + checkpointed(self.attn, self.norm(x))
+        return y + chunked(4, self.ff, y)
+
+
+KEYS = Scope("attn", tokens="x", keys="context", weights="attention_mask")
+
+
+def test_the_code_of_attention_to_merged_keys_reads_as_the_docstring_says() -> None:
+    graph = by_template(CrossBlock())
+    assert insert_merge(graph, [KEYS], queries=False) == 1
+    assert code(graph)[1:5] == [
+        "norm = self.norm(x)",
+        "merged_keys = tome_fx_graph_nodes_merged_keys(norm, slots)",
+        "attn = self.attn(norm, context = merged_keys)",
+        "add = x + attn",
+    ]
+
+
+@tracers
+@pytest.mark.parametrize("weigh", [False, True])
+@pytest.mark.parametrize("kind", [CrossBlock, CrossThroughFunction])
+def test_where_queries_stay_whole_merged_keys_are_attended_to_and_nothing_is_unmerged(
+    kind: type[CrossBlock], trace: Trace, weigh: bool
+) -> None:
+    block, (x, slots) = kind(), tokens_and_slots()
+    graph = trace(block)
+    both = [KEYS, *scopes("ff")]  # a scope without keys is merged around as ever
+    assert insert_merge(graph, both, queries=False, weigh=log_sizes if weigh else None) == 2
+    assert assert_paired(graph) == 1
+    rewritten = fx.GraphModule(block, graph)
+    assert torch.equal(rewritten(x), block(x)), "a block that is given no slot map is not the original"
+    assert nodes.merged_keys(x, None) is None, "attention is told to attend to its own tokens as if they were others"
+    normed = block.norm(x)
+    mask = ops.log_sizes(normed, slots) if weigh else None
+    y = x + block.attn(normed, context=ops.merge(normed, slots), attention_mask=mask)
+    y = y + ops.unmerge(block.ff(ops.merge(y, slots)), slots)
+    torch.testing.assert_close(rewritten(x, slots), y, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(y, block(x)), "merging has changed nothing, so this shows nothing"
 
 
 # The checker of pairs is one that can fail.

@@ -148,13 +148,13 @@ class Side(NamedTuple):
 
     @property
     def most(self) -> int:
-        """Cells of the largest tile."""
-        return (self.size // self.stride + self.tiles - 1) // self.tiles
+        """Cells of the largest tile, one that is not whole included."""
+        return (self.size + self.stride * self.tiles - 1) // (self.stride * self.tiles)
 
     @property
     def longest(self) -> int:
-        """A length that no tile exceeds: exact where the tiles are of one size, or the cells leave no token over."""
-        return self.most * self.stride + self.size % self.stride
+        """A length that no tile exceeds: that of all tiles where they are alike and the cells leave no token over."""
+        return self.most * self.stride
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree
 
 from tome_fx import plan
-from tome_fx.ops.tiling import Tiles, tiles
+from tome_fx.ops.tiling import Tiles
 
 SCORES = 2**26  # bytes of float32 similarities that an image may have at a time where all are compared with all
 LENGTH_AT_ZERO = 2  # of a dynamic ratio: see NOTE [A ratio as graphs read it]
@@ -131,59 +132,54 @@ def match(
     # can go when the floor is there.
     kept = 1 + (max(0, kept - 1) if isinstance(kept, int) else torch.sym_max(0, kept - 1))
 
-    grid = tiles(height, width, sx, sy, tile, seed, tokens.device)
+    grid = Tiles.of(height, width, sx, sy, tile, seed, tokens.device)
     best, nearest = _search(tokens.detach(), grid, in_parts=tile is None)
 
     # Ranking rather than comparing with a threshold merges exactly N - K tokens, whatever ties or NaNs there are.
     first, following = (c - c * (count - kept) // count for c in (grid.before, grid.before + grid.tokens))
     merged = grid.tokens - (following - first)  # of each tile; see NOTE [How many merge in each tile]
-    place = torch.arange(nearest.shape[2], device=tokens.device)
-    is_source = place < grid.tokens - grid.cells
-    ranked = best.where(is_source, -torch.inf).argsort(dim=2, descending=True, stable=True)
-    nearest = (nearest * (nearest < grid.cells)).gather(2, ranked)
-    joined = torch.where(place < merged, nearest, grid.cells + place - merged) * is_source
+    place = grid.place_of_position
+    source = (place - grid.destinations).clamp(min=0).expand(batch, -1, -1)
+    rank = _ranks(best, source)
+    joined = torch.where(rank < merged, grid.cell_of_place(nearest.gather(2, source)), grid.cells + rank - merged)
+    slot = torch.where(place < grid.destinations, grid.cell_of_place(place), joined).int()  # of the tile's own
 
-    # Of every tile the destinations, then the sources by rank: token, and slot in the tile.
-    cell = torch.arange(grid.destination.shape[1], device=tokens.device)
-    is_cell = cell < grid.cells
-    token = torch.cat([grid.destination.expand(batch, -1, -1), grid.source.expand_as(ranked).gather(2, ranked)], dim=2)
-    slot = torch.cat([(cell * is_cell).expand(batch, -1, -1), joined], dim=2)
-    slots = _written(slot + first, token, count)
-
-    # And by slot; places without a token come last.
-    place = torch.arange(slot.shape[2], device=tokens.device)
-    in_order, by_slot = torch.where(torch.cat([is_cell, is_source], dim=1), slot, place.shape[0]).sort(
-        dim=2, stable=True
-    )
-    row = count * torch.arange(batch, device=tokens.device)[:, None, None]
-    is_token = place < grid.tokens
-    order = _written(token.gather(2, by_slot) + row, grid.before + place * is_token, count)
-    begins = is_token & (in_order != in_order.roll(1, dims=2))
-    start = _written(grid.before + place * begins + row, first + in_order * begins, kept)
-    return SlotMap(slots, order, start)
+    in_order, by_slot = grid.filled(slot, place, grid.places).sort(dim=2, stable=True)
+    image = torch.arange(batch, device=tokens.device)[:, None, None]
+    order = grid.one_after_another((grid.token_of_position(by_slot) + image * count).int())
+    in_order = grid.one_after_another((in_order + first + image * kept).int())
+    slots = torch.arange(batch * kept, dtype=torch.int32, device=tokens.device)
+    start = torch.searchsorted(in_order.flatten(), slots, out_int32=True).view(batch, kept)
+    return SlotMap(grid.row_by_row((slot + first).int()), order, start)
 
 
 def _search(tokens: Tensor, grid: Tiles, *, in_parts: bool) -> tuple[Tensor, Tensor]:
     """How similar each source is to the destination most similar to it, and the place of that one: both `[B, T, S]`."""
-    batch, (number, places) = tokens.shape[0], grid.source.shape
-    unit = _unit(tokens[:, torch.cat([grid.destination, grid.source], dim=1).flatten()])
-    unit = unit.view(batch, number, -1, unit.shape[-1])
-    sources, destinations = unit[:, :, -places:], unit[:, :, :-places].mT
+    token, number = grid.token_of_place, grid.destinations
+    # What a compiler cannot tell is in bounds is checked on the device, and may be taken for negative.
+    unit = _unit(tokens.index_select(1, token.clamp(0, tokens.shape[1] - 1).flatten()))
+    unit = unit.view(tokens.shape[0], *token.shape, -1)
+    destinations, sources = unit[:, :, :number].mT, unit[:, :, number:]
     parts = 1
     if in_parts:
-        parts += number * places * destinations.shape[-1] * 4 // SCORES
-    found = [(part @ destinations).max(dim=-1) for part in sources.chunk(parts, dim=2)]
+        parts += sources.shape[2] * number * 4 // SCORES
+    is_cell = token[:, None, :number]
+    found = [grid.filled(part @ destinations, is_cell, -torch.inf).max(dim=-1) for part in sources.chunk(parts, dim=2)]
     best, nearest = zip(*found, strict=True)
-    return torch.cat(best, dim=2), torch.cat(nearest, dim=2)
+    return grid.filled(torch.cat(best, dim=2), token[:, number:], -torch.inf), torch.cat(nearest, dim=2)
 
 
-def _written(values: Tensor, places: Tensor, size: int) -> Tensor:
-    """int32 `[B, size]` with the values `[B, T, P]` at these places; those for one place are equal.
-
-    Inductor writes a scatter of int32 itself, and leaves one of int64 to ATen.
-    """
-    result = torch.empty(values.shape[0], size, dtype=torch.int32, device=values.device)
-    return result.scatter_(1, places.expand_as(values).flatten(1), values.flatten(1).int())
+def _ranks(similar: Tensor, source: Tensor) -> Tensor:
+    place = torch.arange(similar.shape[2], device=similar.device)
+    if similar.device.type == "cpu" or not statically_known_true(similar.shape[2] <= 512):
+        ranked = similar.argsort(dim=2, descending=True, stable=True)
+        rank = torch.empty(ranked.shape, dtype=torch.int32, device=ranked.device).scatter_(
+            2, ranked, place.int().expand_as(ranked)
+        )
+        return rank.gather(2, source)
+    key = similar.where(~similar.isnan(), torch.inf)
+    own, others = key.gather(2, source)[..., None], key[:, :, None]
+    return ((others > own) | ((others == own) & (place < source[..., None]))).sum(dim=3)
 
 
 def _as_number(size: int | Tensor) -> int:
@@ -193,5 +189,6 @@ def _as_number(size: int | Tensor) -> int:
 
 def _unit(tokens: Tensor) -> Tensor:
     """Tokens of length 1, or 0 where a token is zero. In float32, where a sum of squares of fp16 fits."""
-    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    return (wide * wide.square().sum(-1, keepdim=True).clamp_min(1e-30).rsqrt()).to(tokens.dtype)
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=wide)
+    return (tokens * length.clamp_min(1e-15).reciprocal()).to(tokens.dtype)

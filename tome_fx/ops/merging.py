@@ -75,16 +75,18 @@ def log_sizes(tokens: Tensor, slots: SlotMap | None, heads: int = 1) -> Tensor |
     Args:
         tokens: `[B, N, C]`, for their dtype.
         slots: From `match`.
-        heads: Of attention that wants a copy for each.
 
     Returns:
-        `[B * heads, 1, K]`, the same for every query, or None where `slots` is None.
+        `[B, 1, K]`, the same for every query, or None where `slots` is None.
 
     Source: Bolya et al., "Token Merging: Your ViT But Faster" (2023), equation 1.
     """
     if slots is None:
         return None
     batch, count = slots.slot.shape
-    end = count * torch.arange(1, batch + 1, device=slots.start.device)[:, None]
-    sizes = slots.start.diff(append=end).to(torch.promote_types(tokens.dtype, torch.float32))
-    return sizes.log().to(tokens.dtype)[:, None].repeat_interleave(heads, dim=0)
+    start = slots.start.flatten()
+    sizes = F.pad(start[1:], (0, 1), value=batch * count) - start
+    weights = sizes.to(torch.promote_types(tokens.dtype, torch.float32)).log().to(tokens.dtype)
+    kept = slots.start.shape[1]
+    weights = F.pad(weights.view(batch, 1, 1, kept).expand(-1, heads, -1, -1).reshape(-1, 1, kept), (0, -kept % 8))
+    return weights.as_strided((batch * heads, 1, kept), weights.stride())

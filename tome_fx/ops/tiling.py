@@ -7,88 +7,214 @@ they can be: along a side, tiles differ by one cell at most, and the last one al
 cell. So no tile is a narrow strip, each has a destination, and the destinations are those of a search over the whole
 grid, which is one tile.
 
-All tiles are laid out as the largest would be: a place for each destination, then one for each other token. Places
-that a tile has no token for repeat its first destination. What is most similar to one of those is most similar to it,
-and writing something down for a token twice is writing it once.
+All tiles are laid out alike, as whole cells, as many as the largest has or has begun. What a tile lacks of that are
+gaps. Its P tokens have a position, in the order of rows, and a place: one for the destination of each cell, then a round
+of one further token of each cell after another. A cell that is not whole has no last token. Its round begins with that
+gap, where the destination of a whole one would be, and so all of its tokens are sources.
 
 NOTE [How many merge in each tile]
 N - K tokens are merged in all. Of these the first tiles, of c tokens, have their share rounded down, c * (N - K) // N,
 for any number of tiles. So each tile merges its own share to within one token, and all of them exactly N - K.
+
+NOTE [What is alike is a number]
+What all tiles have in common is a number, and a tensor of one for each tile only where they differ, in size or because
+sizes are symbolic. A compiler folds the numbers into its kernels, and tensors cost it kernels of their own.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tome_fx.plan import Side, scramble
 
 
 class Tiles(NamedTuple):
-    """How a grid of N tokens is cut into T tiles of at most D destinations and S other tokens; see NOTE [Tiles].
+    """How a grid of N tokens is cut into T tiles of P tokens in D cells, gaps included; see NOTE [Tiles].
+
+    Numbers of tokens, each a tensor `[T, 1]` or an int: see NOTE [What is alike is a number].
 
     Args:
-        destination: int64 `[T, D]`, tokens in `[0, N)`, in the order of their cells.
-        source: int64 `[T, S]`, the other tokens.
-        cells: int64 `[T, 1]`, how many destinations a tile has; its further places repeat the first.
-        tokens: int64 `[T, 1]`, how many tokens it has.
-        before: int64 `[T, 1]`, how many tokens all tiles before it have.
+        down: How the height of the grid is cut.
+        right: How its width is.
+        top: Row of a tile's first token.
+        left: Column of it.
+        tall: Rows of a tile.
+        wide: Columns of a tile.
+        first: int64 `[T, D]`, which token of a cell comes first in its rounds; the last is followed by the token 0.
     """
 
-    destination: Tensor
-    source: Tensor
-    cells: Tensor
-    tokens: Tensor
-    before: Tensor
+    down: Side
+    right: Side
+    rows: Tensor
+    columns: Tensor
+    top: Tensor
+    left: Tensor
+    tall: Tensor | int
+    wide: Tensor | int
+
+    first: Tensor
+
+    @classmethod
+    def of(
+        cls, height: int, width: int, sx: int, sy: int, tile: int | None, seed: int | None, device: torch.device
+    ) -> "Tiles":
+        """Cut a grid with at least one whole cell into tiles.
+
+        Args:
+            height: Rows of the token grid.
+            width: Columns of the token grid.
+            sx: Width of a cell, in tokens.
+            sy: Height of a cell, in tokens.
+            tile: Side of a tile, in tokens, at least a cell's; None for one tile of the whole grid.
+            seed: Chooses the destination in each cell, pseudo-randomly; None takes the top left of every cell.
+            device: Of all tensors.
+        """
+        down, right = Side.of(height, sy, tile), Side.of(width, sx, tile)
+        number = torch.arange(down.tiles * right.tiles, device=device)[:, None]
+        rows, columns = _edges(down, device), _edges(right, device)
+        top, tall = _cut(down, rows, number // right.tiles)
+        left, wide = _cut(right, columns, number % right.tiles)
+        row, column = _numbers(down.most, right.most, device=device)
+        cell = (top // sy + row) * (width // sx) + left // sx + column
+        first = torch.zeros_like(cell) if seed is None else scramble(cell + seed) % (sx * sy)
+        if not (_alike(down) and _alike(right)):
+            first = torch.where((row < tall // sy) & (column < wide // sx), first, sx * sy - 1)
+        return cls(down, right, rows, columns, top, left, tall, wide, once(first))
+
+    @property
+    def alike(self) -> bool:
+        """Whether all tiles are known to be without gaps."""
+        return _alike(self.down) and _alike(self.right)
+
+    @property
+    def destinations(self) -> int:
+        """D, the places for destinations."""
+        return self.down.most * self.right.most
+
+    @property
+    def places(self) -> int:
+        """P, all places."""
+        return self.down.longest * self.right.longest
+
+    @property
+    def cells(self) -> Tensor | int:
+        """Whole cells of a tile, each of which gives a destination."""
+        return (self.tall // self.down.stride) * (self.wide // self.right.stride)
+
+    @property
+    def tokens(self) -> Tensor | int:
+        """Tokens of a tile."""
+        return self.tall * self.wide
+
+    @property
+    def before(self) -> Tensor:
+        """Tokens of all tiles before a tile."""
+        return self.top * self.right.size + self.left * self.tall
+
+    @property
+    def token_of_place(self) -> Tensor:
+        """The token of the grid at each place of each tile, `[T, P]`, negative at a gap."""
+        sy, sx = self.down.stride, self.right.stride
+        turn, row, column = _numbers(sy * sx, self.down.most, self.right.most, device=self.first.device)
+        inside = (turn + self.first.repeat(1, sy * sx)) % (sy * sx)
+        y, x = row * sy + inside // sx, column * sx + inside % sx
+        return self._with_gaps((self.top + y) * self.right.size + self.left + x, y, x)
+
+    @property
+    def place_of_position(self) -> Tensor:
+        """The place of the token at each position of each tile, `[T, P]`, negative at a gap."""
+        sy, sx = self.down.stride, self.right.stride
+        row, y, column, x = _numbers(self.down.most, sy, self.right.most, sx, device=self.first.device)
+        cell = row * self.right.most + column
+        turn = (y * sx + x - self.first[:, cell]) % (sy * sx)
+        return self._with_gaps(turn * self.destinations + cell, row * sy + y, column * sx + x)
+
+    def token_of_position(self, position: Tensor) -> Tensor:
+        """The token of the grid at these positions of each tile, `[..., T, P]`."""
+        return (self.top + position // self.right.longest) * self.right.size + self.left + position % self.right.longest
+
+    def cell_of_place(self, place: Tensor) -> Tensor:
+        """The number of the cell among the whole ones of its tile, of these places of destinations, `[..., T, P]`."""
+        if _alike(self.right):
+            return place
+        return place // self.right.most * (self.wide // self.right.stride) + place % self.right.most
+
+    def filled(self, values: Tensor, index: Tensor, filling: float) -> Tensor:
+        """The values, and the filling at the gaps of an index."""
+        return values if self.alike else values.where(index >= 0, filling)
+
+    def one_after_another(self, values: Tensor) -> Tensor:
+        """Values `[B, T, P]` of the tokens of each tile, those of gaps last, as `[B, N]` without gaps."""
+        if self.alike:
+            return values.flatten(1)
+        token = torch.arange(self.down.size * self.right.size, device=values.device)
+        row = _tile(self.down, token // self.right.size)
+        top, tall = _cut(self.down, self.rows, row)
+        inside = token - top * self.right.size
+        column = _tile(self.right, inside // tall)
+        left, _ = _cut(self.right, self.columns, column)
+        return self._taken(values, row, column, inside - left * tall)
+
+    def row_by_row(self, values: Tensor) -> Tensor:
+        """Values `[B, T, P]` of the positions of each tile, as `[B, N]` in the order of the grid."""
+        if self.alike:
+            tiles = values.view(-1, self.down.tiles, self.right.tiles, self.down.longest, self.right.longest)
+            return tiles.transpose(2, 3).flatten(1)
+        token = torch.arange(self.down.size * self.right.size, device=values.device)
+        y, x = token // self.right.size, token % self.right.size
+        row, column = _tile(self.down, y), _tile(self.right, x)
+        (top, _), (left, _) = _cut(self.down, self.rows, row), _cut(self.right, self.columns, column)
+        return self._taken(values, row, column, (y - top) * self.right.longest + x - left)
+
+    def _with_gaps(self, index: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """An index `[T, P]` or `[P]`, as `[T, P]` and negative where a tile has no such row or column."""
+        if not self.alike:
+            index = index.where((y < self.tall) & (x < self.wide), -1)
+        return index.expand(self.top.shape[0], -1)
+
+    def _taken(self, values: Tensor, row: Tensor, column: Tensor, place: Tensor) -> Tensor:
+        index = (row * self.right.tiles + column) * self.places + place
+        return values.flatten(1)[:, index]
 
 
-def _start(side: Side, tile: Tensor) -> Tensor:
-    """The first token of a tile along a side; the side's size for the number after the last tile's."""
-    cell = tile * side.each + tile.clamp(max=side.more)
-    return cell * side.stride + tile // side.tiles * (side.size % side.stride)
+def _numbers(*sizes: int, device: torch.device) -> list[Tensor]:
+    """The numbers below each size, in all combinations, the first changing last: each `[product of the sizes]`."""
+    numbers = torch.meshgrid([torch.arange(size, device=device) for size in sizes], indexing="ij")
+    return [number.flatten() for number in numbers]
 
 
-def tiles(height: int, width: int, sx: int, sy: int, tile: int | None, seed: int | None, device: torch.device) -> Tiles:
-    """Cut a grid with at least one whole cell into tiles: a pure function of the grid and the seed.
+def _alike(side: Side) -> bool:
+    """Whether all tiles along a side are known to be of one length, and of whole cells."""
+    return statically_known_true(side.tiles * side.longest == side.size)
 
-    Args:
-        height: Rows of the token grid.
-        width: Columns of the token grid.
-        sx: Width of a cell, in tokens.
-        sy: Height of a cell, in tokens.
-        tile: Side of a tile, in tokens, at least a cell's; None for one tile of the whole grid.
-        seed: Chooses the destination in each cell, pseudo-randomly; None takes the top left of every cell.
-        device: Of the result.
-    """
-    down, right = Side.of(height, sy, tile), Side.of(width, sx, tile)
-    most = down.most * right.most
 
-    number = torch.arange(down.tiles * right.tiles, device=device)[:, None]
-    row, column = number // right.tiles, number % right.tiles
-    top, left = _start(down, row), _start(right, column)
-    tall, wide = _start(down, row + 1) - top, _start(right, column + 1) - left  # of the tile, in tokens
-    rows, columns = tall // sy, wide // sx  # and in whole cells
-    cells, tokens = rows * columns, tall * wide
+def _edges(side: Side, device: torch.device) -> Tensor:
+    """The first token of each tile along a side, and the side's size."""
+    tile = torch.arange(side.tiles + 1, device=device)
+    if _alike(side):
+        return tile * side.longest
+    edges = (tile * side.each + tile.clamp(max=side.more)) * side.stride
+    return once(edges + tile // side.tiles * (side.size % side.stride))
 
-    place = torch.arange(down.longest * right.longest, device=device)
-    own = torch.where(place < most, place < cells, place - most < tokens - cells)
-    index = torch.where(place < most, place, place - most + cells) * own
 
-    # The destinations of the tile come first, then the other tokens of its cells, one of each cell after another,
-    # then those right of its last whole cell, then those below it.
-    turn, cell = index // cells, index % cells
-    cell_y, cell_x = cell // columns, cell % columns
-    of_grid = (top // sy + cell_y) * (width // sx) + left // sx + cell_x
-    first = 0 if seed is None else scramble(of_grid + seed)
-    inside = (turn + first) % (sx * sy)
-    y, x = cell_y * sy + inside // sx, cell_x * sx + inside % sx
+def _cut(side: Side, edges: Tensor, tile: Tensor) -> tuple[Tensor, Tensor | int]:
+    """The first token of these tiles along a side, and their lengths."""
+    if _alike(side):
+        return tile * side.longest, side.longest
+    start = edges[tile]
+    return start, edges[tile + 1] - start
 
-    margin, beside = (wide - columns * sx).clamp(min=1), index - cells * (sx * sy)
-    y = torch.where(beside < 0, y, beside // margin)
-    x = torch.where(beside < 0, x, columns * sx + beside % margin)
 
-    is_below = index >= rows * sy * wide
-    y = torch.where(is_below, index // wide, y)
-    x = torch.where(is_below, index % wide, x)
-    token = (top + y) * width + left + x
-    return Tiles(token[:, :most], token[:, most:], cells, tokens, top * width + left * tall)
+def once(values: Tensor) -> Tensor:
+    """The same values, which a compiler computes once and not wherever they are read."""
+    return values.as_strided(values.shape, values.stride())
+
+
+def _tile(side: Side, token: Tensor) -> Tensor:
+    """The tile of a token along a side."""
+    if _alike(side):
+        return token // side.longest
+    cell = (token // side.stride).clamp(max=side.size // side.stride - 1)
+    return torch.maximum(cell // (side.each + 1), (cell - side.more) // side.each)

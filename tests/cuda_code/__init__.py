@@ -1,0 +1,1 @@
+"""The contract of the code that Inductor writes for CUDA, checked without a GPU."""
