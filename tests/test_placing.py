@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tome_fx import ops
-from tome_fx.ops.tiling import tiles
+from tome_fx.ops.tiling import Tiles
 
 GRIDS = [(8, 8), (16, 32), (7, 9), (5, 4)]
 
@@ -24,6 +24,11 @@ def coordinates(*pictures: tuple[int, int]) -> Tensor:
     """`[N, 3]`: picture, row and column of each token of pictures of these sizes."""
     found = [(i, y, x) for i, (height, width) in enumerate(pictures) for y in range(height) for x in range(width)]
     return torch.tensor(found)
+
+
+def destinations_of(grid: Tiles) -> set[int]:
+    """The tokens that sources may join."""
+    return {token for token in grid.token_of_place[:, : grid.destinations].flatten().tolist() if token >= 0}
 
 
 def slots_of(found: ops.SlotMap) -> list[set[frozenset[int]]]:
@@ -45,7 +50,7 @@ def test_a_slot_stands_at_its_destination_or_at_its_only_token(
     stands = ops.places(found, height, width, **options)
     assert found is not None
     assert stands is not None
-    destinations = set(tiles(height, width, 2, 2, tile, seed, found.slot.device).destination.flatten().tolist())
+    destinations = destinations_of(Tiles.of(height, width, 2, 2, tile, seed, found.slot.device))
     for slot, places in zip(found.slot.tolist(), stands.tolist(), strict=True):
         for k, place in enumerate(places):
             members = {token for token, own in enumerate(slot) if own == k}
@@ -112,5 +117,5 @@ def test_what_is_merged_along_a_line_is_the_mean_of_each_slot_and_comes_back(pic
     stands = ops.places(found, 1, count, line=line, **options)
     assert stands is not None
     assert torch.equal(found.slot.gather(1, stands), torch.arange(merged.shape[1]).expand(2, -1).int())
-    destinations = tiles(1, count, 4, 1, 16, 3, line.device).destination.flatten()
-    assert set(line[destinations].tolist()) <= set(stands[0].tolist())
+    destinations = destinations_of(Tiles.of(1, count, 4, 1, 16, 3, line.device))
+    assert set(line[list(destinations)].tolist()) <= set(stands[0].tolist())

@@ -103,6 +103,7 @@ def stack(**changed: Any) -> Stack:
         "ratio": "ratio",
         "result": 1,
         "adapted": (ROWS,),
+        "skips": True,
     }
     return Stack(**{**options, **changed})
 
@@ -200,3 +201,7 @@ def test_tokens_on_a_line_are_merged_as_on_their_grid(tile: int | None) -> None:
 def test_a_pass_asks_for_a_call_of_a_block_and_for_no_second_one() -> None:
     with pytest.raises(TransformError, match=r"expected one call each of blocks.7, found calls of blocks.0"):
         rewritten(Holder(), blocks=("blocks.7",), arguments=(PARAMETERS,))
+    with pytest.raises(
+        TransformError, match=r"expected one call each of blocks.0, blocks.1, blocks.2, blocks.3, found"
+    ):
+        rewritten(Holder(), skips=False)(**tensors(), skipped=[2])

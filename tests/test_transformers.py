@@ -18,12 +18,10 @@ from support.compiling import assert_no_break_and, by_block, whole
 from support.models import relative_error
 from support.state import state
 from support.transformers import (
-    FLUX_CONFIG,
     MODELS,
     SIDE,
     flattened,
     flux,
-    flux_controlnet,
     inputs,
     one_of,
     output,
@@ -31,16 +29,16 @@ from support.transformers import (
     pixart,
     qwen,
     sd3,
-    sd3_controlnet,
 )
 from torch import Tensor, nn
 
 import tome_fx
 from tome_fx.families.facts import CANNOT, FACTS
-from tome_fx.plan import Plan, TransformError
+from tome_fx.plan import TransformError
 
 models = pytest.mark.parametrize("name", MODELS)
-LORA = {"joint_attention_kwargs": {"scale": 0.3}}
+# Where a test takes long, one model of those whose tokens lie on a line stands for all, but for a thorough run.
+some = pytest.mark.parametrize("name", [m if m == "flux" else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
 
 
 def transformed(model: Any, ratio: float = 0.5, **options: Any) -> Any:
@@ -119,7 +117,7 @@ def test_the_model_given_is_left_as_it_is_and_the_result_is_of_its_class_and_wei
     assert all(a is b for a, b in zip(result.parameters(), model.parameters(), strict=True))
 
 
-@models
+@some
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_the_patch(name: str, checkpointing: bool) -> None:
     model, arguments = copy.deepcopy(MODELS[name]()), inputs(MODELS[name]())
@@ -136,10 +134,10 @@ def test_gradients_are_those_of_the_patch(name: str, checkpointing: bool) -> Non
     assert found[0].keys() == found[1].keys()
     assert len(found[0]) > 20
     for parameter, gradient in found[1].items():
-        assert (found[0][parameter] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-9
+        assert (found[0][parameter] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-9
 
 
-@models
+@some
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_near_to_the_whole_as_the_patch_is(name: str, dtype: torch.dtype) -> None:
     model = copy.deepcopy(MODELS[name]()).to(dtype)
@@ -181,7 +179,7 @@ def test_layers_of_sd3_can_be_skipped(skipped: list[int]) -> None:
         assert relative_error(output(transformed(sd3()), arguments), output(patched(sd3()), arguments)) < 1e-6
 
 
-def test_pictures_beside_the_image_are_merged_within_themselves_mostly_and_kept_in_their_order() -> None:
+def test_a_second_picture_of_flux_is_merged_within_itself() -> None:
     one = inputs(flux())
     second = one["img_ids"] + torch.tensor([1.0, 0, 0])
     arguments = {
@@ -216,7 +214,7 @@ def test_several_pictures_of_qwen_are_told_by_their_shapes() -> None:
     assert torch.equal(output(transformed(qwen(), 0), arguments), output(qwen(), arguments))
 
 
-@models
+@some
 def test_a_model_compiles_as_one_graph_for_each_ratio_and_never_again(
     name: str, fresh_dynamo: None, counter: Any
 ) -> None:
@@ -230,7 +228,7 @@ def test_a_model_compiles_as_one_graph_for_each_ratio_and_never_again(
     assert_no_break_and(counter, compiles=2)
 
 
-@models
+@some
 def test_a_dynamic_ratio_is_one_compile(name: str, fresh_dynamo: None, counter: Any) -> None:
     model = MODELS[name]()
     result, arguments = transformed(model, dynamic_ratio=True), inputs(model)
@@ -408,6 +406,14 @@ def test_what_is_saved_is_the_plain_model(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["pixart", "flux"])
+def test_code_that_inductor_writes_computes_the_same(name: str, fresh_dynamo: None) -> None:
+    result, arguments = transformed(MODELS[name]()), inputs(MODELS[name]())
+    compiled: Any = torch.compile(result, fullgraph=True)
+    assert relative_error(output(compiled, arguments), output(result, arguments)) < 1e-5
+
+
+@pytest.mark.slow
 @models
 def test_a_model_can_be_exported(name: str) -> None:
     result, arguments = transformed(MODELS[name]()), inputs(MODELS[name]())
@@ -422,7 +428,3 @@ def test_a_plan_for_a_transformer_may_be_tomesds_but_for_the_level() -> None:
     arguments = inputs(flux())
     result = output(transformed(flux(), **options), arguments)
     assert relative_error(result, output(patched(flux(), **options), arguments)) < 1e-6
-    assert Plan(**tome_fx.TOMESD).max_downsample == "finest"
-    assert FLUX_CONFIG["num_layers"] == len(flux().transformer_blocks)
-    assert flux_controlnet().union
-    assert sd3_controlnet().context_embedder is not None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tome_fx import ops
 from tome_fx.families.registry import family_of
-from tome_fx.ops.tiling import tiles
+from tome_fx.ops.tiling import Tiles
 from tome_fx.plan import Plan
 
 SIDE = 16  # latents, so 8 x 8 tokens
@@ -239,7 +239,8 @@ def _match(tokens: Tensor, plan: Plan) -> tuple[ops.SlotMap, Tensor]:
     kept = tokens.shape[1] - int(tokens.shape[1] * plan.ratio)
     slots = ops.match(tokens, side, side, kept=kept, sx=2, sy=2, seed=plan.cell_seed, tile=plan.tile)
     assert slots is not None
-    destinations = set(tiles(side, side, 2, 2, plan.tile, plan.cell_seed, tokens.device).destination.flatten().tolist())
+    grid = Tiles.of(side, side, 2, 2, plan.tile, plan.cell_seed, tokens.device)
+    destinations = set(grid.token_of_place[:, : grid.destinations].flatten().tolist())
     places = [
         [(set(members) & destinations or set(members)).pop() for members in _members(slot, kept)]
         for slot in slots.slot.tolist()

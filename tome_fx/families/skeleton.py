@@ -9,7 +9,6 @@ among them. Left out is what a processor does besides attention: the image promp
 images of PAG. Feed-forwards in chunks count whole, and FreeNoise, which goes over a clip in windows, counts one.
 """
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +16,8 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.attention import AttentionModuleMixin, BasicTransformerBlock, FreeNoiseTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+
+from tome_fx.families.registry import family_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,21 +27,18 @@ QUANTIZED = (nn.Linear, nn.Conv2d)  # what quantization has classes of its own f
 SWITCHED_OFF = {"training": False, "gradient_checkpointing": False, "_chunk_size": None}  # of any module that has them
 
 
-def skeleton(model: Model, processor: Callable[[Any], object]) -> Model:
+def skeleton(model: Model) -> Model:
     """The model's structure on the meta device, in evaluation mode; see NOTE [What of a model is counted].
 
     Every module is new and every tensor an empty one of the same shape: float32 where it has floating point, which
     all operations take. Other attributes are shared. The model is left as it is, and none of its values is read.
-
-    Args:
-        model: The model.
-        processor: Gives the processor of diffusers' that attention of the model has when nobody has put in another.
     """
+    family = family_of(model)
     result: Any = _module(model, {})
     for attention in result.modules():
         if isinstance(attention, (Attention, AttentionModuleMixin)):
             attention._modules.pop("processor", None)  # one with weights of its own, which is not called either
-            vars(attention)["processor"] = processor(attention)
+            vars(attention)["processor"] = family.plain_processor(model, attention)
     if getattr(getattr(result, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj":
         # The adapter stands in the place of the prompt's own projection, which it has put aside if there was one.
         result.encoder_hid_proj = own = getattr(result, "text_encoder_hid_proj", None)

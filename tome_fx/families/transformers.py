@@ -126,6 +126,7 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
         weights=facts.weights,
         per_token=facts.per_token,
         option="merge_block",
+        skips=True,  # as skip_layers of Stable Diffusion 3 does
     )
     matching = Matching(plan.sx, plan.sy, plan.cell_seed, plan.tile, once=plan.share_match)
     inputs = example_inputs(model, EXAMPLE, EXAMPLE, device="meta")

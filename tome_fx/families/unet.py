@@ -20,7 +20,7 @@ from tome_fx import ops
 from tome_fx.families import inputs
 from tome_fx.families.levels import Level, levels_of
 from tome_fx.families.refusals import CheckBlock, CheckMergedStack, CheckStack
-from tome_fx.families.sites import Site
+from tome_fx.families.sites import Site as Site
 from tome_fx.families.weights import WEIGH, WeighingProcessor, why_unweighed_by_default
 from tome_fx.graph.calls import positional
 from tome_fx.graph.rewrite import MatchPass, MergePass, StackPass

@@ -55,13 +55,13 @@ class StackPass:
     weigh: Weigh | None = None
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Change the graph in place. A call may leave out some of the blocks.
+        """Change the graph in place.
 
         Raises:
-            TransformError: A block of the stack is called more than once, or none is.
+            TransformError: A block of the stack is not called exactly once, or none is where a call may skip some.
         """
-        called = tuple({call.module for call in calls_of(graph, self.stack.blocks)})
-        _require_one_call_each(graph, called or self.stack.blocks)
+        called = {call.module for call in calls_of(graph, self.stack.blocks)} if self.stack.skips else ()
+        _require_one_call_each(graph, tuple(called) or self.stack.blocks)
         insert_merge_of_blocks(graph, self.stack, self.matching, self.weigh)
 
 

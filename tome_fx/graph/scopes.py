@@ -75,6 +75,7 @@ class Stack:
         line: What makes the order of the tokens, of that input, the tokens and the sides of a cell, where the input
             does not show the grid by its shape (NOTE [Tokens on a line]); None where it does.
         adapted: Arguments that are others where tokens are merged.
+        skips: Whether a call may leave out some of the blocks.
     """
 
     blocks: tuple[str, ...]
@@ -90,6 +91,7 @@ class Stack:
     grid_arguments: tuple[Any, ...] = ()
     line: Callable[..., Tensor] | None = None
     adapted: tuple[Adapted, ...] = ()
+    skips: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tome_fx.ops.matching import SlotMap, match
-from tome_fx.ops.tiling import tiles
+from tome_fx.ops.tiling import Tiles
 
 
 def line_of(coordinates: Tensor, sx: int, sy: int) -> Tensor:
@@ -103,7 +103,9 @@ def places(
     if slots is None:
         return None
     batch, count = slots.slot.shape
-    destination = tiles(height, width, sx, sy, tile, seed, slots.slot.device).destination.flatten()
+    grid = Tiles.of(height, width, sx, sy, tile, seed, slots.slot.device)
+    destination = grid.token_of_place[:, : grid.destinations]
+    destination = destination.where(destination >= 0, destination[:, :1]).flatten()  # at a gap the tile's first again
     if line is not None:
         destination = line[destination]
     row = count * torch.arange(batch, device=slots.slot.device)[:, None]

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from tabulate import tabulate
@@ -116,7 +115,7 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
         if integer(name, size) < 1:
             raise ValueError(f"{name} must be at least 1 latent, got {size}")
     plan, family = merging.plan, family_of(model)
-    shapes = skeleton(model, partial(family.plain_processor, model))
+    shapes = skeleton(model)
     after = _flops(shapes, height, width)
     sites = family.merged_sites(shapes, plan)
     for module in shapes.modules():
