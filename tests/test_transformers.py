@@ -406,6 +406,7 @@ def test_what_is_saved_is_the_plain_model(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["pixart", "flux"])
 def test_code_that_inductor_writes_computes_the_same(name: str, fresh_dynamo: None) -> None:
     result, arguments = transformed(MODELS[name]()), inputs(MODELS[name]())

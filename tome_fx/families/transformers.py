@@ -133,7 +133,7 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
     cls = specialize(
         model,
         StackPass(stack, matching, facts.weigh_blocks(plan.prop_attn)),
-        example={name: kind(value) for name, value in inputs.items()},
+        example={**{name: kind(value) for name, value in inputs.items()}, "return_dict": False},  # as pipelines call it
         calls=facts.calls,
         reads=facts.reads,
         check=CheckTransformer(blocks, facts.attention, bool(plan.prop_attn)),
