@@ -180,9 +180,16 @@ def assert_same_output(actual: Any, expected: Any) -> None:
         (0.0, "opaque"),
         ("text", "opaque"),
         ((torch.zeros(1), None), "opaque"),
+        ([torch.zeros(1), torch.zeros(1, 2)], ("list", "1d", "2d")),
+        ((torch.zeros(1),), ("tuple", "1d")),
+        ([7, 9], ("list", 7, 9)),
+        ([7, True], "opaque"),
+        ([], "opaque"),
     ],
 )
-def test_a_kind_holds_none_bools_keys_and_ranks_and_no_value(value: Any, expected: Hashable) -> None:
+def test_a_kind_holds_none_bools_keys_ranks_and_numbers_in_lists_and_no_other_value(
+    value: Any, expected: Hashable
+) -> None:
     assert kind(value) == expected
     assert type(kind(value)) is type(expected)
 
@@ -211,6 +218,67 @@ def test_an_item_of_a_dict_that_forward_reads_reaches_it() -> None:
     result = specialized(module)
     for options in ({"bias": i["bias"]}, {"bias": i["context"], "unread": None}):
         assert_same_output(result(i["x"], options=options), module(i["x"], options=options))
+
+
+class Lists(nn.Module):
+    """Layers that a call may leave out, with residuals between them; those that are last in something add none."""
+
+    def __init__(self, last: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        for number, layer in enumerate(self.layers):
+            vars(layer)["last"] = number == last
+
+    def forward(self, x: Tensor, residuals: Any = None, skipped: Any = None) -> Any:
+        for number, layer in enumerate(self.layers):
+            if skipped is None or number not in skipped:
+                x = layer(x)
+            if residuals is not None and not layer.last:
+                x = x + residuals[number % len(residuals)]
+        return x
+
+
+def calls_with_lists() -> list[dict[str, Any]]:
+    i = inputs()
+    return [
+        {},
+        {"residuals": [i["context"]]},
+        {"residuals": (i["context"], i["bias"])},
+        {"skipped": [0]},
+        {"skipped": [1, 2]},
+        {"skipped": [1], "residuals": [i["bias"]]},
+    ]
+
+
+def test_lists_of_tensors_and_of_numbers_reach_a_forward_as_lists() -> None:
+    module = Lists()
+    result = specialized(module, reads=("last",))
+    before = len(type(result).graphs)
+    for arguments in calls_with_lists():
+        assert_same_output(result(inputs()["x"], **arguments), module(inputs()["x"], **arguments))
+    assert len(type(result).graphs) == before + len(calls_with_lists()) - 1
+
+
+def test_lists_are_taken_while_compiling_whatever_numbers_are_in_them(fresh_dynamo: None, counter: Any) -> None:
+    module = Lists()
+    compiled: Any = torch.compile(specialized(module, reads=("last",)), backend=counter, fullgraph=True)
+    for arguments in 2 * calls_with_lists():
+        assert_same_output(compiled(inputs()["x"], **arguments), module(inputs()["x"], **arguments))
+    assert counter.frame_count == len(calls_with_lists())
+
+
+def test_attributes_of_children_that_are_said_to_be_read_are_constants_of_the_structure() -> None:
+    assert specialize(Lists(), nothing, example=TOKENS, reads=("last",)) is specialize(
+        Lists(), nothing, example=TOKENS, reads=("last",)
+    )
+    arguments = {"residuals": [inputs()["bias"]]}
+    for last in (0, 1):
+        module = Lists(last)
+        assert_same_output(
+            specialized(module, reads=("last",))(inputs()["x"], **arguments), module(inputs()["x"], **arguments)
+        )
+    with pytest.raises(TransformError, match=r"it reads last of its child layers.0, which a graph cannot depend on"):
+        specialize(Lists(), nothing, example={**TOKENS, "residuals": ("list", "3d")})
 
 
 def test_inputs_keep_their_names_and_defaults() -> None:

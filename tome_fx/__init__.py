@@ -1,4 +1,4 @@
-"""Token merging as a compiler pass: a diffusers UNet in, one with fewer tokens out, `torch.compile` takes it whole."""
+"""Token merging as a compiler pass: a diffusers model in, one with fewer tokens out, `torch.compile` takes it whole."""
 
 from tome_fx.api import set_ratio, transform
 from tome_fx.plan import TOMESD, TransformError, __version__

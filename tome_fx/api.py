@@ -26,17 +26,10 @@ from torch import nn
 
 from tome_fx import ops
 from tome_fx.families.refusals import name_of
-from tome_fx.families.unet import (
-    MODELS,
-    Model,
-    merged_sites,
-    placed_by_users,
-    rewritten_classes,
-    share,
-    weighing_processors,
-)
+from tome_fx.families.registry import family_of
+from tome_fx.families.unet import Model, placed_by_users, share
 from tome_fx.graph.dispatch import within
-from tome_fx.graph.specialize import original, with_own_code
+from tome_fx.graph.specialize import with_own_code
 from tome_fx.plan import MERGING, Plan, TransformError
 
 
@@ -59,7 +52,7 @@ def transform(
     share_match: bool = True,
     dynamic_ratio: bool = False,
 ) -> Model:
-    """Give a UNet token merging: similar image tokens are averaged before attention and copied back after it.
+    """Give a model token merging: similar image tokens are averaged before attention and copied back after it.
 
     Returns a new model which shares every parameter and buffer with the one given. It is of a class derived from that
     one's, which bears its name and is equal to it. The model given is left as it is. The result runs eagerly, and
@@ -68,6 +61,8 @@ def transform(
     Args:
         model: A `UNet2DConditionModel`, `ControlNetModel`, `UNetMotionModel` or `UNet3DConditionModel`, not compiled
             and not transformed yet. Of the last two the blocks over single frames are merged in, those over time never.
+            Or a transformer, with `merge_block=True`: a `PixArtTransformer2DModel`, `SD3Transformer2DModel`,
+            `SD3ControlNetModel`, `FluxTransformer2DModel`, `FluxControlNetModel` or `QwenImageTransformer2DModel`.
         ratio: Share of the tokens to remove, from 0 (the original, bit for bit) to `1 - 1 / (sx * sy)`. Half is
             where images still look the same, says the paper.
         tile: Side of the squares of tokens within which tokens are matched and ranked. The work of matching then grows
@@ -89,11 +84,14 @@ def transform(
         merge_crossattn: Merge around cross-attention as well. Costs quality for little speed.
         merge_mlp: Merge around the feed-forward as well. Costs quality.
         merge_block: Merge around whole blocks: norms, attention, cross-attention and feed-forward see merged tokens,
-            and each token is given what its slot was changed by. Saves most, above all in SDXL, and costs quality.
+            and each token is given what its slot was changed by. Saves most, above all in SDXL, and costs quality. In
+            transformers it is what there is; where places are turned into queries and keys, a merged token has the
+            place of its destination.
         prop_attn: Weigh each merged token in self-attention by how many tokens it stands for, which keeps the image far
             closer to the original. None does so wherever it can be done: with the attention processors of diffusers,
-            but for those that take no mask or attend across the batch, as perturbed-attention guidance does. True
-            refuses a model where it cannot, and trusts processors that are not diffusers'. False is what tomesd does.
+            but for those that take no mask, as in SD 3 and Qwen-Image, or attend across the batch, as
+            perturbed-attention guidance does. True refuses a model where it cannot, and trusts processors that are not
+            diffusers'. False is what tomesd does.
         share_match: Match before the first block of each transformer alone and merge in all its blocks by that, which
             costs a decibel at most; SDXL's transformers have up to ten blocks. False matches before every block, as
             tomesd does.
@@ -127,18 +125,19 @@ def transform(
         dynamic_ratio=dynamic_ratio,
     )
     _check_model(model)
+    family = family_of(model)
     result = share(model, placed_by_users(model))
     for module in result.modules():
         vars(module).pop("forward", None)  # the class's own, which hooks leave there: it would hide the rewritten one
     merging = Merging(plan)
     setattr(result, MERGING, merging)
-    for path, cls in rewritten_classes(model, plan).items():
+    for path, cls in family.rewritten_classes(model, plan).items():
         result.get_submodule(path).__class__ = cls
-    for path in {site.transformer for site in merged_sites(model, plan)}:
+    for path in {site.transformer for site in family.merged_sites(model, plan)}:
         setattr(result.get_submodule(path), MERGING, merging)
-    for path, processor in weighing_processors(model, plan).items():
+    for path, processor in family.weighing_processors(model, plan).items():
         result.get_submodule(path).processor = processor
-    result.__class__ = _own_class(type(model), plan)
+    result.__class__ = _own_class(type(result), plan)
     return result
 
 
@@ -163,7 +162,7 @@ def set_ratio(model: nn.Module, ratio: float) -> None:
     model, merging = transformed(model)
     plan = replace(merging.plan, ratio=ratio)
     if plan != merging.plan:
-        own = _own_class(original(type(model)), plan)
+        own = _own_class(type(model), plan)
         with _nothing_compiling():
             merging.ratio = ops.as_read(plan.ratio, dynamic=plan.dynamic_ratio)
             model.__class__ = own
@@ -208,7 +207,7 @@ def transformed(model: nn.Module) -> tuple[nn.Module, Merging]:
         TransformError: The model is not transformed.
     """
     model = getattr(model, "_orig_mod", model)
-    _check_type(model)
+    family_of(model)
     merging = getattr(model, MERGING, None)
     if merging is None:
         raise TransformError(f"{type(model).__name__} is not transformed: pass what tome_fx.transform returned")
@@ -229,22 +228,11 @@ def compiled_parts(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(part for child in model.children() for part in compiled_parts(child)))
 
 
-def _check_type(model: object) -> None:
-    if not isinstance(model, MODELS):
-        *names, last = (cls.__name__ for cls in MODELS)
-        found, hint = type(model).__name__, ""
-        if found in (*names, last):
-            found, hint = f"{type(model).__module__}.{found}", ", a class of the same name from elsewhere"
-        elif hasattr(model, "unet"):
-            hint = "; pass pipe.unet, not the pipeline"
-        raise TypeError(f"model must be a {', '.join(names)} or {last}, got {found}{hint}")
-
-
 def _check_model(model: nn.Module) -> None:
     if hasattr(model, "_orig_mod"):
         name = type(model).__name__
         raise TransformError(f"model is compiled already ({name}): transform it first, then compile the result")
-    _check_type(model)
+    family_of(model)
     if hasattr(model, MERGING):
         raise TransformError(
             "model is transformed already: change its ratio with tome_fx.set_ratio, or transform the original instead"

@@ -117,11 +117,13 @@ class CheckMergedStack:
         blocks: Their names.
         scopes: What is in them that keeps or needs tokens by place.
         weigh: Whether weights were asked for, so that what cannot weigh is refused.
+        hooks: Whether to look for hooks on the blocks themselves too, where caches put them.
     """
 
     blocks: tuple[str, ...]
     scopes: tuple[Scope, ...]
     weigh: bool = False
+    hooks: bool = False
 
     def __call__(self, module: nn.Module) -> None:
         """Look at the blocks, unless nothing is matched: at a dynamic ratio of 0 tokens are.
@@ -132,7 +134,10 @@ class CheckMergedStack:
         ratio = getattr(module, MERGING).ratio
         if not isinstance(ratio, str) or ratio_of(ratio):
             for path in self.blocks:
-                CheckBlock(self.scopes, weigh=self.weigh).refuse(module.get_submodule(path))
+                block = module.get_submodule(path)
+                if self.hooks:
+                    _refuse_hooks(block, Scope(path, tokens="", option="merge_block"))
+                CheckBlock(self.scopes, weigh=self.weigh).refuse(block)
 
 
 NOTHING_MERGED = (

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers.configuration_utils import FrozenDict
-from diffusers.models.attention import BasicTransformerBlock, FreeNoiseTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0, AttnProcessor2_0
+from diffusers.models.attention import AttentionModuleMixin, BasicTransformerBlock, FreeNoiseTransformerBlock
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+
+from tome_fx.families.registry import family_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,7 +33,12 @@ def skeleton(model: Model) -> Model:
     Every module is new and every tensor an empty one of the same shape: float32 where it has floating point, which
     all operations take. Other attributes are shared. The model is left as it is, and none of its values is read.
     """
+    family = family_of(model)
     result: Any = _module(model, {})
+    for attention in result.modules():
+        if isinstance(attention, (Attention, AttentionModuleMixin)):
+            attention._modules.pop("processor", None)  # one with weights of its own, which is not called either
+            vars(attention)["processor"] = family.plain_processor(model, attention)
     if getattr(getattr(result, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj":
         # The adapter stands in the place of the prompt's own projection, which it has put aside if there was one.
         result.encoder_hid_proj = own = getattr(result, "text_encoder_hid_proj", None)
@@ -65,11 +72,6 @@ def _module(module: nn.Module, known: dict[int, Any]) -> nn.Module:
         result._buffers[name] = None if buffer is None else _empty(buffer)
     for name, child in module._modules.items():
         result._modules[name] = None if child is None else _module(child, known)
-
-    if isinstance(result, Attention):
-        result._modules.pop("processor", None)  # one with weights of its own, which is not called either
-        added = result.added_kv_proj_dim is not None
-        vars(result)["processor"] = AttnAddedKVProcessor2_0() if added else AttnProcessor2_0()
     return result  # type: ignore[no-any-return]
 
 

@@ -1,15 +1,14 @@
 """UNets and ControlNets: where their image tokens are, what of them is copied, and how their blocks are rewritten."""
 
 import copy
-import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
 
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import AttnAddedKVProcessor2_0, AttnProcessor2_0
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -18,16 +17,20 @@ from diffusers.models.unets.unet_motion_model import UNetMotionModel
 from torch import nn
 
 from tome_fx import ops
+from tome_fx.families import inputs
 from tome_fx.families.levels import Level, levels_of
 from tome_fx.families.refusals import CheckBlock, CheckMergedStack, CheckStack
-from tome_fx.families.weights import WEIGH, WeighingProcessor
+from tome_fx.families.sites import Site as Site
+from tome_fx.families.weights import WEIGH, WeighingProcessor, why_unweighed_by_default
+from tome_fx.graph.calls import positional
 from tome_fx.graph.rewrite import MatchPass, MergePass, StackPass
 from tome_fx.graph.scopes import Matching, Scope, Stack
-from tome_fx.graph.specialize import original, specialize
+from tome_fx.graph.specialize import specialize
 from tome_fx.plan import MERGING, Plan, TransformError, downsampled
 
 VIDEO = (UNetMotionModel, UNet3DConditionModel)  # frames of a clip, which are a batch of images to what is rewritten
 MODELS = (UNet2DConditionModel, ControlNetModel, *VIDEO)
+NAMES = tuple(model.__name__ for model in MODELS)
 Model = TypeVar("Model", bound=nn.Module)
 
 # The modules of a BasicTransformerBlock that may see merged tokens, in the order in which they run.
@@ -51,26 +54,15 @@ SCOPES = (
 BLOCK = tuple(replace(scope, option="merge_block") for scope in SCOPES)  # the same, where whole blocks see them
 
 
-@dataclass(frozen=True)
-class Site:
-    """One `BasicTransformerBlock` over image tokens.
+def serves(model: object) -> bool:
+    """Whether the model is one of these."""
+    return isinstance(model, MODELS)
 
-    Args:
-        transformer: Path of the `Transformer2DModel` that the block belongs to.
-        block: The block's name in there.
-        downsample: Latents per token along a side: the level's factor.
-        channels: Width of a token.
-    """
 
-    transformer: str
-    block: str
-    downsample: int
-    channels: int
-
-    @property
-    def path(self) -> str:
-        """The block's path in the model."""
-        return f"{self.transformer}.{self.block}"
+def example_inputs(model: nn.Module, height: int, width: int, **options: Any) -> dict[str, Any]:
+    """Random arguments for a forward of the model; of a clip one frame, if not asked otherwise. See inputs.py."""
+    frames = 1 if isinstance(model, VIDEO) else None
+    return inputs.example_inputs(model, height, width, **{"frames": frames, **options})
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -159,7 +151,7 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
         stack = Stack(
             blocks,
             tokens="hidden_states",
-            arguments=tuple(_positional(model.get_submodule(f"{path}.{block}")) for block in blocks),
+            arguments=tuple(positional(model.get_submodule(f"{path}.{block}")) for block in blocks),
             image="hidden_states",
             grid=ops.grid_of,
             ratio=f"{MERGING}.ratio",
@@ -184,6 +176,18 @@ def weighing_processors(model: nn.Module, plan: Plan) -> dict[str, WeighingProce
     return {path: WeighingProcessor() for path in own}
 
 
+def why_unweighed(model: nn.Module, site: Site) -> str:
+    """Why merged tokens are not weighed in a block where nobody has asked for it; empty where they are."""
+    attention: Any = model.get_submodule(f"{site.path}.attn1")
+    reason = why_unweighed_by_default(attention)
+    return f"{type(getattr(attention, 'processor', None)).__name__} {reason}" if reason else ""
+
+
+def plain_processor(model: nn.Module, attention: Any) -> object:
+    """The processor that attention of the model has when nobody has put in another."""
+    return AttnProcessor2_0() if attention.added_kv_proj_dim is None else AttnAddedKVProcessor2_0()
+
+
 def share(model: Model, more: Iterable[object] = ()) -> Model:
     """A copy of the model with a structure and a state of its own, and the same parameters, buffers and `more`."""
     try:
@@ -202,15 +206,6 @@ def placed_by_users(model: nn.Module) -> Iterator[object]:
         for value in (getattr(module, "processor", None), *chain.from_iterable(found.values() for found in hooks)):
             if not isinstance(value, nn.Module) and not isinstance(getattr(value, "__self__", None), nn.Module):
                 yield value
-
-
-def _positional(block: nn.Module) -> tuple[tuple[str, Any], ...] | None:
-    """Names and defaults of all arguments that a block takes by position; None if it takes any number."""
-    forward: Any = original(type(block)).forward
-    parameters = list(inspect.signature(inspect.unwrap(forward)).parameters.values())[1:]
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return None
-    return tuple((p.name, p.default) for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD)
 
 
 def _register_for_layer_skipping(classes: Iterable[type[nn.Module]]) -> None:

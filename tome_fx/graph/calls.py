@@ -1,11 +1,13 @@
 """Where a graph calls a named module, and with what."""
 
+import inspect
 import sys
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from torch import fx
+from torch import fx, nn
 
+from tome_fx.graph.specialize import original
 from tome_fx.plan import TransformError
 
 # Names and defaults of a module's positional parameters, in order; None where they are not known.
@@ -71,6 +73,15 @@ class Call(NamedTuple):
         """The value by position, after all of the module's arguments that have these defaults."""
         count = len(self.node.args) - self.first
         self.node.args = (*self.node.args, *defaults[count:], value)
+
+
+def positional(module: nn.Module) -> Parameters:
+    """Names and defaults of all arguments that a module takes by position; None if it takes any number."""
+    forward: Any = original(type(module)).forward
+    parameters = list(inspect.signature(inspect.unwrap(forward)).parameters.values())[1:]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return tuple((p.name, p.default) for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD)
 
 
 def _place(name: str, parameters: Parameters) -> int:

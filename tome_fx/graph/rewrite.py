@@ -58,9 +58,10 @@ class StackPass:
         """Change the graph in place.
 
         Raises:
-            TransformError: A block of the stack is not called exactly once.
+            TransformError: A block of the stack is not called exactly once, or none is where a call may skip some.
         """
-        _require_one_call_each(graph, self.stack.blocks)
+        called = {call.module for call in calls_of(graph, self.stack.blocks)} if self.stack.skips else ()
+        _require_one_call_each(graph, tuple(called) or self.stack.blocks)
         insert_merge_of_blocks(graph, self.stack, self.matching, self.weigh)
 
 
@@ -135,10 +136,12 @@ def insert_merge_of_blocks(graph: fx.Graph, stack: Stack, matching: Matching, we
         How many blocks see merged tokens.
     """
     matched, runs = _matched(graph, stack, matching), _Runs()
+    adapted = _AdaptedArguments(stack)
     for call, slots in matched:
         parameters = _arguments(stack, call)
         with graph.inserting_before(call.node):
             _refuse_per_token(call, stack.per_token, parameters, slots, stack.option)
+            adapted.give(call, parameters, slots)
             run = runs.through(call.argument(stack.tokens), slots)
             call.replace(stack.tokens, run.inside)
             if weigh and stack.weights is not None:
@@ -211,9 +214,17 @@ def _matched(graph: fx.Graph, stack: Stack, matching: Matching) -> list[tuple[Ca
     if image is None:
         raise TransformError(f"expected an input {stack.image}, found {', '.join(str(node.target) for node in inputs)}")
     with graph.inserting_before(inputs[-1].next):
-        grid = graph.call_function(stack.grid, (image,))
+        grid = graph.call_function(stack.grid, (image, *stack.grid_arguments))
         height, width = (graph.call_function(operator.getitem, (grid, side)) for side in (0, 1))
         kept = graph.call_function(ops.kept, (height, width, graph.get_attr(stack.ratio)))
+    function: Callable[..., object] = ops.match
+    line: tuple[fx.Node, ...] = ()
+    if stack.line is not None:
+        function, first = ops.match_along, calls[0]
+        with graph.inserting_before(first.node):
+            shown = image, first.argument(stack.tokens), matching.sx, matching.sy
+            line = (graph.call_function(stack.line, shown),)
+        matching = matching.along
     options: dict[str, Any] = {
         "kept": kept,
         "sx": matching.sx,
@@ -227,9 +238,38 @@ def _matched(graph: fx.Graph, stack: Stack, matching: Matching) -> list[tuple[Ca
             matched.append((call, matched[0][1]))
             continue
         with graph.inserting_before(call.node):
-            slots = graph.call_function(ops.match, (call.argument(stack.tokens), height, width), options)
+            slots = graph.call_function(function, (call.argument(stack.tokens), *line, height, width), options)
         matched.append((call, slots))
     return matched
+
+
+class _AdaptedArguments:
+    """Gives blocks the arguments that are others where tokens are merged; what is made of the same is made once."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.places: dict[fx.Node, fx.Node] = {}  # by the slot map
+        self.made: dict[object, fx.Node] = {}  # by what they are made of
+
+    def give(self, call: Call, parameters: Parameters, slots: fx.Node) -> None:
+        """Put them in before the call."""
+        for argument in self.stack.adapted:
+            value = call.given(argument.name, parameters)
+            beside = [call.given(name, parameters) for name in argument.beside]
+            key = argument.name, slots, *map(str, (value, *beside))
+            if key not in self.made:
+                details = (call.node.graph.get_attr(call.module), value, slots, self._places(slots), *beside)
+                self.made[key] = call.node.graph.call_function(argument.made, details)
+            call.give(argument.name, self.made[key], parameters)
+
+    def _places(self, slots: fx.Node) -> fx.Node:
+        if slots not in self.places:
+            *line, height, width = slots.args[1:]
+            options = {name: value for name, value in slots.kwargs.items() if name != "kept"}
+            if line:
+                options["line"] = line[0]
+            self.places[slots] = slots.graph.call_function(ops.places, (slots, height, width), options)
+        return self.places[slots]
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What a pass is told of a model, as data: blocks that share a grid, and modules in them that see merged tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +30,28 @@ class Matching:
     tile: int | None = None
     once: bool = False
 
+    @property
+    def along(self) -> "Matching":
+        """The same of tokens on a line: NOTE [Tokens on a line]."""
+        tile = None if self.tile is None else self.tile**2
+        return replace(self, sx=self.sx * self.sy, sy=1, tile=tile)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """An argument of a block that is another where tokens are merged, such as a table with a row for each of them.
+
+    Args:
+        name: Its name.
+        made: What makes it, of the block, the value that the block is given or None, the slot map, the places of the
+            slots (from `ops.places`) and the values of `beside`. Without a slot map it returns the value itself.
+        beside: Names of other arguments that it is made of; not the tokens', which would be unmerged for it.
+    """
+
+    name: str
+    made: Callable[..., Any]
+    beside: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -41,7 +63,7 @@ class Stack:
         arguments: For each block, the names and default values of its positional arguments, in order, for calls through
             a function that passes positional arguments alone. None for a block that takes any number.
         image: Name of the input of the calling module that shows the grid.
-        grid: What makes height and width of that input.
+        grid: What makes height and width of that input and of `grid_arguments`. Of tokens on a line it is one row.
         ratio: Path of the attribute of the calling module that holds the ratio, from `ops.as_read`.
         result: Place of the tokens in the tuple that a block returns; None where it returns them alone.
         weights: Name of the argument that takes the logarithms of the slots' sizes `[B, 1, K]`, to be added to the
@@ -49,18 +71,27 @@ class Stack:
         per_token: Names of arguments with an entry for each token, which merged tokens cannot have; that of an entry in
             a dict is the dict's and its own, `kwargs.masks`.
         option: The option that merges around these blocks, for messages.
+        grid_arguments: Further arguments of `grid`, such as the side of a patch.
+        line: What makes the order of the tokens, of that input, the tokens and the sides of a cell, where the input
+            does not show the grid by its shape (NOTE [Tokens on a line]); None where it does.
+        adapted: Arguments that are others where tokens are merged.
+        skips: Whether a call may leave out some of the blocks.
     """
 
     blocks: tuple[str, ...]
     tokens: str
     arguments: tuple[tuple[tuple[str, Any], ...] | None, ...]
     image: str
-    grid: Callable[[Any], tuple[int, int]]
+    grid: Callable[..., tuple[int, int]]
     ratio: str
     result: int | None = None
     weights: str | None = None
     per_token: tuple[str, ...] = ()
     option: str = ""
+    grid_arguments: tuple[Any, ...] = ()
+    line: Callable[..., Tensor] | None = None
+    adapted: tuple[Adapted, ...] = ()
+    skips: bool = False
 
 
 @dataclass(frozen=True)

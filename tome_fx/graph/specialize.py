@@ -64,8 +64,11 @@ class Alias(Rewritten):
     __hash__ = type.__hash__
 
     def __eq__(cls, other: object) -> bool:
-        """Whether the other class is this one or its original."""
-        return other is cls or other is vars(cls).get("original")
+        """Whether the other class is this one or its original, or what that was made of in turn."""
+        known: Any = cls
+        while other is not known and isinstance(known, Rewritten):
+            known = vars(known).get("original")
+        return other is known
 
 
 copyreg.pickle(Rewritten, _refuse_pickling)
@@ -81,6 +84,7 @@ def specialize(
     *,
     example: Mapping[str, Hashable],
     calls: tuple[str, ...] = (),
+    reads: tuple[str, ...] = (),
     check: Check | None = None,
 ) -> type[nn.Module]:
     """The class whose forward is the rewritten graph of `module`'s; `module` itself is untouched.
@@ -93,13 +97,14 @@ def specialize(
         rewrite: The pass that every graph goes through. Equal passes share a class, so it must be hashable.
         example: A call to trace at once: the `kind` of each argument given, by name.
         calls: Functions that the graph calls instead of entering them; see `Structure`.
+        reads: Attributes that the forward reads of its children; see `Structure.of`.
         check: Called before each forward with the module and the inputs that the pass added. Hashable as well.
 
     Raises:
         TransformError: From the trace or the pass, where it cannot serve the example.
     """
     base: Any = original(type(module))
-    structure = Structure.of(module, base, calls)
+    structure = Structure.of(module, base, calls, reads)
     kinds = tuple(example.get(p.name, _kind_of_default(p)) for p in structure.parameters)
     signature = kinds, structure.settings(module)
     key = (structure, rewrite, check)
@@ -122,7 +127,12 @@ def with_own_code(base: type[nn.Module], key: Hashable) -> type[nn.Module]:
 
     The code's name is the same in every process and tells keys apart, for dynamo remembers by name which sizes were
     dynamic.
+
+    Args:
+        base: The class, or what this has made of it for another key.
+        key: Whom the code is for.
     """
+    base = _made_of(base) if isinstance(base, Alias) else base
     with _lock:
         if (base, key) not in _classes:
             cls: Any = _derived(base, Alias)
@@ -138,13 +148,17 @@ def with_own_code(base: type[nn.Module], key: Hashable) -> type[nn.Module]:
 
 
 def original(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that a generated one was derived from, or the class itself.
+    """The class that a generated one was derived from in the end, or the class itself.
 
     Raises:
         TransformError: Something else has derived the class from one of ours, as sharding does.
     """
-    if not isinstance(cls, Rewritten):
-        return cls
+    while isinstance(cls, Rewritten):
+        cls = _made_of(cls)
+    return cls
+
+
+def _made_of(cls: type[nn.Module]) -> type[nn.Module]:
     if "original" not in vars(cls):
         raise TransformError(
             f"{cls.__name__} was derived from the class of a transformed module, as fully_shard does: what is merged "

@@ -10,7 +10,7 @@ attributes that are floats, objects or functions. What modules must have in comm
 
 import inspect
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from inspect import Parameter
 from typing import Any
@@ -23,11 +23,21 @@ PLAIN = (bool, int, str, type(None))
 
 
 def kind(value: Any) -> Hashable:
-    """What a graph depends on in an argument: None and bools whole, the keys of a dict, the rank of a tensor."""
+    """What a graph depends on in an argument: None and bools whole, the keys of a dict, the rank of a tensor.
+
+    Of a list or a tuple of tensors that of each, after the name of its type; of whole numbers, such as those of layers,
+    themselves. An empty one, or one of anything else, is opaque.
+    """
     if value is None or value is True or value is False:
         return value
     if isinstance(value, dict):
         return tuple([(name, kind(item)) for name, item in value.items()])
+    if type(value) in (list, tuple) and len(value) > 0:
+        if all(isinstance(item, torch.Tensor) for item in value):
+            return (type(value).__name__, *[kind(item) for item in value])
+        if all(type(item) is int for item in value):
+            # A number that has changed is symbolic to dynamo, unless it is a key of a dict.
+            return (type(value).__name__, *[next(iter({item: None})) for item in value])
     return f"{value.ndim}d" if isinstance(value, torch.Tensor) else "opaque"
 
 
@@ -51,6 +61,8 @@ class Structure:
         children: Names of child modules, each with the length of a `ModuleList` or None for any other.
         absent: Names of tensors and children that are None.
         constants: The lists and dicts themselves.
+        reads: Plain attributes of children that the forward branches on, by `child.attribute`, with their values. They
+            are taken for constants as well.
     """
 
     base: type[nn.Module]
@@ -62,10 +74,20 @@ class Structure:
     children: tuple[tuple[str, int | None], ...]
     absent: tuple[str, ...]
     constants: dict[str, Any] = field(compare=False)
+    reads: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, module: nn.Module, base: type[nn.Module], calls: tuple[str, ...] = ()) -> "Structure":
-        """The structure of a module of the class `base`, or of one derived from it with another forward."""
+    def of(
+        cls, module: nn.Module, base: type[nn.Module], calls: tuple[str, ...] = (), reads: tuple[str, ...] = ()
+    ) -> "Structure":
+        """The structure of a module of the class `base`, or of one derived from it with another forward.
+
+        Args:
+            module: The module.
+            base: The class whose forward is traced.
+            calls: Functions to call from the graph.
+            reads: Names of attributes that the forward reads of its children, and of the items of its module lists.
+        """
         internals = vars(nn.Module()).keys() - {"training"}
         attributes = {name: value for name, value in vars(module).items() if name not in (*internals, "forward")}
         plain = [name for name, value in attributes.items() if isinstance(value, PLAIN)]
@@ -86,6 +108,12 @@ class Structure:
             ),
             absent=tuple(name for name, value in (*tensors, *children) if value is None),
             constants={name: attributes[name] for name in data},
+            reads=tuple(
+                (f"{path}.{name}", getattr(part, name))
+                for path, part in _parts(module)
+                for name in reads
+                if isinstance(getattr(part, name, ...), PLAIN)
+            ),
         )
 
     @property
@@ -101,6 +129,15 @@ class Structure:
     def settings(self, module: nn.Module) -> tuple[Hashable, ...]:
         """The `setting` of each of the module's plain attributes now."""
         return tuple(setting(getattr(module, name)) for name in self.plain)
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children of a module by name; in the place of a list of modules, those in it."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{item}", part) for item, part in child.named_children())
+        else:
+            yield name, child
 
 
 def _as_json(value: Any) -> str | None:

@@ -110,12 +110,14 @@ class _Tracer(GraphAppendingTracer):
 class _Child:
     """Stands for a child module: a call of it is a call_module node, as an argument it is a get_attr node.
 
-    What a child is made of may change after the trace, so that a forward which asks is not traced.
+    What a child is made of may change after the trace, so that a forward which asks is not traced: but for what was
+    said to be constant.
     """
 
-    def __init__(self, tracer: _Tracer, name: str) -> None:
+    def __init__(self, tracer: _Tracer, name: str, constants: dict[str, Any]) -> None:
         self.tracer = tracer
         self.name = name
+        vars(self).update(constants)
 
     def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_module", self.name, args, kwargs)
@@ -147,8 +149,14 @@ def _standin(tracer: _Tracer, structure: Structure, settings: tuple[Hashable, ..
     nn.Module.__init__(standin)
     values = dict(zip(structure.plain, settings, strict=True))
     objects = [*structure.objects, *(name for name, value in values.items() if value is ...)]
+    reads = dict(structure.reads)
+
+    def child(path: str) -> _Child:
+        read = {name.removeprefix(f"{path}."): value for name, value in reads.items() if name.startswith(f"{path}.")}
+        return _Child(tracer, path, read)
+
     children: dict[str, Any] = {
-        name: _Child(tracer, name) if size is None else [_Child(tracer, f"{name}.{i}") for i in range(size)]
+        name: child(name) if size is None else [child(f"{name}.{i}") for i in range(size)]
         for name, size in structure.children
     }
     vars(standin).update(
@@ -162,8 +170,14 @@ def _standin(tracer: _Tracer, structure: Structure, settings: tuple[Hashable, ..
 
 def _argument(tracer: _Tracer, node: fx.Node, what: Hashable) -> Any:
     """The value that forward is given for an argument of this kind."""
-    if what is None or isinstance(what, bool):
+    if what is None or isinstance(what, (bool, int)):
         return what
+    if isinstance(what, tuple) and what and isinstance(what[0], str):
+        items = [
+            _argument(tracer, tracer.graph.call_function(operator.getitem, (node, i)), item)
+            for i, item in enumerate(what[1:])
+        ]
+        return items if what[0] == "list" else tuple(items)
     if isinstance(what, tuple):
         return {
             name: _argument(tracer, tracer.graph.call_function(operator.getitem, (node, name)), item)

@@ -1,6 +1,7 @@
 """The operations of token merging on tensors.
 
-`match` finds a slot map, `merge` and `unmerge` apply it, `log_sizes` gives the weights of its slots for attention.
+`match` finds a slot map, `merge` and `unmerge` apply it, `log_sizes` gives the weights of its slots for attention, and
+`places` where they stand.
 
 All shapes follow from the arguments' shapes and from Python numbers, never from data, so that one graph serves
 every input. Nothing draws random numbers.
@@ -8,6 +9,7 @@ every input. Nothing draws random numbers.
 
 from tome_fx.ops.matching import SlotMap, as_read, grid_of, kept, match, ratio_of
 from tome_fx.ops.merging import changed, log_sizes, merge, unmerge
+from tome_fx.ops.placing import line_of, match_along, places
 
 __all__ = [
     "SlotMap",
@@ -15,9 +17,12 @@ __all__ = [
     "changed",
     "grid_of",
     "kept",
+    "line_of",
     "log_sizes",
     "match",
+    "match_along",
     "merge",
+    "places",
     "ratio_of",
     "unmerge",
 ]

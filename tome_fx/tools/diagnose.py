@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tome_fx import ops
 from tome_fx.api import compiled_parts, transformed
-from tome_fx.families.unet import merged_around
+from tome_fx.families.registry import family_of
 from tome_fx.tools.diagnosis import RECOMPILE_LIMIT, Diagnosis, Finding
 
 # What to do about a recompile, by what the guard that failed says. The first that fits is told.
@@ -67,9 +67,8 @@ def diagnose(model: nn.Module, *args: Any, **kwargs: Any) -> Diagnosis:
     if not parts:
         raise ValueError("model is not compiled: compile it first, then diagnose what torch.compile returned")
     whole = parts[0] is model or parts[0] is inner
-    title = (
-        f"{type(inner).__name__}, ratio {merging.plan.ratio}, merging around {', '.join(merged_around(merging.plan))}"
-    )
+    around = ", ".join(family_of(inner).merged_around(merging.plan))
+    title = f"{type(inner).__name__}, ratio {merging.plan.ratio}, merging around {around}"
     breaks_before = Counter(counters["graph_break"])
     error: Exception | None = None
     with _generated_code() as code, _compiles() as first:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -10,11 +9,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tome_fx.api import transformed
-from tome_fx.families.inputs import example_inputs
 from tome_fx.families.levels import Level
+from tome_fx.families.registry import family_of
+from tome_fx.families.sites import Site
 from tome_fx.families.skeleton import skeleton
-from tome_fx.families.unet import VIDEO, levels, merged_around, merged_sites
-from tome_fx.families.weights import why_unweighed_by_default
 from tome_fx.graph.specialize import original
 from tome_fx.plan import Grid, Plan, TransformError, downsampled, integer
 
@@ -116,10 +114,10 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
     for name, size in (("height", height), ("width", width)):
         if integer(name, size) < 1:
             raise ValueError(f"{name} must be at least 1 latent, got {size}")
-    plan = merging.plan
+    plan, family = merging.plan, family_of(model)
     shapes = skeleton(model)
     after = _flops(shapes, height, width)
-    sites = merged_sites(shapes, plan)
+    sites = family.merged_sites(shapes, plan)
     for module in shapes.modules():
         module.__class__ = original(type(module))
     before = _flops(shapes, height, width)
@@ -138,25 +136,24 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
                 tokens=grid.tokens,
                 merged=grid.merged,
                 kept=grid.kept,
-                scopes=merged_around(plan),
+                scopes=family.merged_around(plan),
                 flops_before=before.get(site.path, 0),  # a block may be there and not be run
                 flops_after=after.get(site.path, 0) + matches * grid.match_flops(site.channels),
-                unweighed=_unweighed(model.get_submodule(site.path), plan),
+                unweighed=_unweighed(model, site, plan),
                 note=grid.note,
             )
         )
     title = f"{type(shapes).__name__} at {height} x {width} latents: ratio {plan.ratio}, cells of {plan.sx} x {plan.sy}"
-    return Report(title, tuple(rows), tuple(levels(shapes, plan)), before[""], after[""])
+    return Report(title, tuple(rows), tuple(family.levels(shapes, plan)), before[""], after[""])
 
 
-def _unweighed(block: Any, plan: Plan) -> str:
+def _unweighed(model: nn.Module, site: Site, plan: Plan) -> str:
     """Why merged tokens are not weighed in a block; empty where they are."""
     if not (plan.merge_attn or plan.merge_block):
         return "self-attention is not merged"
     if plan.prop_attn is not None:
         return "" if plan.prop_attn else "prop_attn=False"
-    reason = why_unweighed_by_default(block.attn1)
-    return f"{type(getattr(block.attn1, 'processor', None)).__name__} {reason}" if reason else ""
+    return family_of(model).why_unweighed(model, site)
 
 
 def _flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
@@ -165,8 +162,7 @@ def _flops(model: nn.Module, height: int, width: int) -> dict[str, int]:
     Raises:
         TransformError: Its inputs are not known, or a module cannot be run for its shapes.
     """
-    frames = 1 if isinstance(model, VIDEO) else None
-    inputs = example_inputs(model, height, width, batch=1, frames=frames, device="meta")
+    inputs = family_of(model).example_inputs(model, height, width, batch=1, device="meta")
     root = type(model).__name__
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,0 +1,281 @@
+"""Small real diffusion transformers with seeded random weights, and the oracle for merging in them.
+
+A builder returns the same object every time, as those of `support.models` do.
+"""
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    FluxControlNetModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3ControlNetModel,
+    SD3Transformer2DModel,
+)
+from torch import Tensor, nn
+
+from tome_fx import ops
+from tome_fx.families.registry import family_of
+from tome_fx.ops.tiling import Tiles
+from tome_fx.plan import Plan
+
+SIDE = 16  # latents, so 8 x 8 tokens
+TEXT = 5
+
+
+def _built(make: Callable[[], Any]) -> Any:
+    """A model whose weights are random everywhere: what starts from zero has an effect."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated")  # by diffusers' own ControlNet
+        torch.manual_seed(0)
+        model = make().eval()
+        for parameter in model.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@functools.cache
+def pixart() -> PixArtTransformer2DModel:
+    """PixArt in small."""
+    return _built(
+        lambda: PixArtTransformer2DModel(
+            sample_size=SIDE,
+            num_layers=3,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=12,
+            in_channels=4,
+            out_channels=8,
+        )
+    )
+
+
+SD3_CONFIG: dict[str, Any] = {
+    "sample_size": SIDE,
+    "num_layers": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "joint_attention_dim": 12,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 10,
+    "in_channels": 4,
+    "out_channels": 4,
+    "pos_embed_max_size": 32,
+    "qk_norm": "rms_norm",
+}
+
+
+@functools.cache
+def sd3() -> SD3Transformer2DModel:
+    """Stable Diffusion 3.5 in small: the first two blocks have a second attention, over the image alone."""
+    return _built(lambda: SD3Transformer2DModel(**SD3_CONFIG, dual_attention_layers=(0, 1)))
+
+
+@functools.cache
+def sd3_controlnet() -> SD3ControlNetModel:
+    """A ControlNet for `sd3()` of two blocks."""
+    return _built(lambda: SD3ControlNetModel(**{**SD3_CONFIG, "num_layers": 2}))
+
+
+@functools.cache
+def sd3_controlnet_without_text() -> SD3ControlNetModel:
+    """As those of Stable Diffusion 3.5 large: no text and no embedding of places, so that tokens are put in."""
+    config = {**SD3_CONFIG, "num_layers": 2, "joint_attention_dim": None, "qk_norm": None}
+    return _built(lambda: SD3ControlNetModel(**config, use_pos_embed=False, pos_embed_type=None))
+
+
+FLUX_CONFIG: dict[str, Any] = {
+    "in_channels": 8,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "pooled_projection_dim": 10,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
+@functools.cache
+def flux() -> FluxTransformer2DModel:
+    """Flux in small, with guidance as an input."""
+    return _built(lambda: FluxTransformer2DModel(**FLUX_CONFIG, guidance_embeds=True))
+
+
+@functools.cache
+def flux_controlnet() -> FluxControlNetModel:
+    """A ControlNet for `flux()` of one block of each kind."""
+    config = {**FLUX_CONFIG, "num_layers": 1, "num_single_layers": 1}
+    return _built(lambda: FluxControlNetModel(**config, guidance_embeds=True, num_mode=3))
+
+
+@functools.cache
+def qwen() -> QwenImageTransformer2DModel:
+    """Qwen-Image in small."""
+    return _built(
+        lambda: QwenImageTransformer2DModel(
+            in_channels=8,
+            out_channels=2,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            axes_dims_rope=(4, 6, 6),
+        )
+    )
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "pixart": pixart,
+    "sd3": sd3,
+    "sd3_controlnet": sd3_controlnet,
+    "sd3_controlnet_without_text": sd3_controlnet_without_text,
+    "flux": flux,
+    "flux_controlnet": flux_controlnet,
+    "qwen": qwen,
+}
+
+
+def inputs(model: Any, height: int = SIDE, width: int = SIDE, *, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+    """Arguments for a forward of the model, in its dtype: the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        found = family_of(model).example_inputs(model, height, width, batch=batch, text_tokens=TEXT)  # type: ignore[call-arg]
+    return {name: _cast(value, model.dtype) for name, value in found.items()}
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict):
+        return {name: _cast(item, dtype) for name, item in value.items()}
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def one_of(arguments: dict[str, Any], image: int) -> dict[str, Any]:
+    """The arguments of one image of a batch; coordinates are those of all."""
+    result: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            result[name] = one_of(value, image)
+        elif isinstance(value, (Tensor, list)) and name not in ("img_ids", "txt_ids"):
+            result[name] = value[image : image + 1]
+        else:
+            result[name] = value
+    return result
+
+
+def output(model: Any, arguments: dict[str, Any]) -> Tensor:
+    """What the model makes of the arguments, without gradients; of a ControlNet, all residuals in one row."""
+    with torch.no_grad():
+        return flattened(model(**arguments, return_dict=False))
+
+
+def flattened(result: Any) -> Tensor:
+    """A tensor itself, or all of them in one row."""
+    (result,) = result if len(result) == 1 else (result,)
+    if isinstance(result, Tensor):
+        return result
+    return torch.cat([part.flatten() for group in result for part in ([group] if isinstance(group, Tensor) else group)])
+
+
+def patched(model: Any, ratio: float = 0.5, **options: Any) -> Any:
+    """A copy of the model that merges as `transform` of the same options does, without a graph: the oracle.
+
+    Each block is called for one image after another, with tables that are that image's own, by a `__call__` around it.
+    The slot map is `ops.match`'s; the rest is written out. Grids are 8 x 8 tokens, and `tile` at least that.
+    """
+    result, plan = copy.deepcopy(model), Plan(ratio, **{"use_rand": False, "merge_block": True, **options})
+    if not plan.matches:
+        return result
+    seen: dict[str, Any] = {}
+    sites = family_of(model).merged_sites(model, plan)
+    for site in sites:
+        _wrap(result.get_submodule(site.path), plan, seen, first=site is sites[0])
+    return result
+
+
+def _wrap(block: Any, plan: Plan, seen: dict[str, Any], *, first: bool) -> None:
+    cls = type(block)
+    weighed = plan.prop_attn is not False
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {**dict(zip(_names(cls), args, strict=False)), **kwargs}
+        tokens = kwargs.pop("hidden_states")
+        if first or not plan.share_match:
+            seen["slots"] = _match(tokens, plan)
+        slots, places = seen["slots"]
+        merged = ops.merge(tokens, slots)
+        outputs = []
+        for b in range(len(tokens)):
+            own = {name: _of_image(name, value, b, places[b], tokens) for name, value in kwargs.items()}
+            if weighed:
+                sizes = torch.bincount(slots.slot[b], minlength=merged.shape[1]).to(tokens.dtype).log()
+                own |= _weights(cls, block, sizes, own)
+            outputs.append(cls.__call__(self, merged[b : b + 1], **own))
+        if isinstance(outputs[0], Tensor):
+            return ops.changed(tokens, merged, torch.cat(outputs), slots)
+        texts, images = zip(*outputs, strict=True)
+        text = None if texts[0] is None else torch.cat(texts)
+        return text, ops.changed(tokens, merged, torch.cat(images), slots)
+
+    block.__class__ = type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+
+
+def _names(cls: type[nn.Module]) -> list[str]:
+    forward: Any = cls.forward
+    return list(forward.__code__.co_varnames[1 : forward.__code__.co_argcount])
+
+
+def _match(tokens: Tensor, plan: Plan) -> tuple[ops.SlotMap, Tensor]:
+    """The slot map of square images, and the destination of each slot or its only token."""
+    side = round(tokens.shape[1] ** 0.5)
+    kept = tokens.shape[1] - int(tokens.shape[1] * plan.ratio)
+    slots = ops.match(tokens, side, side, kept=kept, sx=2, sy=2, seed=plan.cell_seed, tile=plan.tile)
+    assert slots is not None
+    grid = Tiles.of(side, side, 2, 2, plan.tile, plan.cell_seed, tokens.device)
+    destinations = set(grid.token_of_place[:, : grid.destinations].flatten().tolist())
+    places = [
+        [(set(members) & destinations or set(members)).pop() for members in _members(slot, kept)]
+        for slot in slots.slot.tolist()
+    ]
+    return slots, torch.tensor(places)
+
+
+def _members(slot: list[int], kept: int) -> list[list[int]]:
+    return [[token for token, own in enumerate(slot) if own == k] for k in range(kept)]
+
+
+def _of_image(name: str, value: Any, image: int, places: Tensor, tokens: Tensor) -> Any:
+    """What one image's block call is given for an argument of all images'."""
+    if name == "image_rotary_emb":
+        first, second = value
+        text = len(first) - tokens.shape[1]
+        if text:  # one table each of cosines and sines, text first
+            rows = torch.cat([torch.arange(text), places + text])
+            return first[rows], second[rows]
+        return first[places], second
+    if isinstance(value, Tensor) and len(value) == len(tokens):
+        return value[image : image + 1]
+    return value
+
+
+def _weights(cls: type[nn.Module], block: Any, sizes: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that weigh merged tokens, where a block takes any."""
+    if cls.__name__ == "BasicTransformerBlock":
+        return {"attention_mask": sizes[None, None].repeat(block.attn1.heads, 1, 1)}
+    if cls.__name__.startswith("Flux"):
+        mask = torch.cat([sizes.new_zeros(given["encoder_hidden_states"].shape[1]), sizes])
+        return {
+            "joint_attention_kwargs": {
+                **(given.get("joint_attention_kwargs") or {}),
+                "attention_mask": mask[None, None, None],
+            }
+        }
+    return {}

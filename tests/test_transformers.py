@@ -1,0 +1,431 @@
+"""The contract of merging in diffusion transformers: what a plain patch around the blocks computes, in one graph.
+
+The model given is left as it is, the result is of its class and has its weights. It can do what it could before:
+gradients, checkpointing, half precision, adapters, ControlNets, compilation whole and by blocks, export. What cannot
+work with merged tokens is an error that says so.
+"""
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, SanaTransformer2DModel
+from peft import LoraConfig
+from support.compiling import assert_no_break_and, by_block, whole
+from support.models import relative_error
+from support.state import state
+from support.transformers import (
+    MODELS,
+    SIDE,
+    flattened,
+    flux,
+    inputs,
+    one_of,
+    output,
+    patched,
+    pixart,
+    qwen,
+    sd3,
+)
+from torch import Tensor, nn
+
+import tome_fx
+from tome_fx.families.facts import CANNOT, FACTS
+from tome_fx.plan import TransformError
+
+models = pytest.mark.parametrize("name", MODELS)
+# Where a test takes long, one model of those whose tokens lie on a line stands for all, but for a thorough run.
+some = pytest.mark.parametrize("name", [m if m == "flux" else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
+
+
+def transformed(model: Any, ratio: float = 0.5, **options: Any) -> Any:
+    return tome_fx.transform(model, ratio, **{"merge_block": True, "use_rand": False, **options})
+
+
+def with_lora(model: Any) -> Any:
+    """A copy of the model with a LoRA on its attention that has an effect."""
+    result = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        result.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    return result
+
+
+def residuals(model: Any, count: int) -> list[Tensor]:
+    """What a ControlNet of so many blocks gives a model."""
+    config = model.config
+    shape = count, 2, (SIDE // 2) ** 2, config.num_attention_heads * config.attention_head_dim
+    return list(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+
+
+def control(model: Any) -> dict[str, Any]:
+    """What a pipeline with a ControlNet gives a model besides its other inputs."""
+    if model is sd3():
+        return {"block_controlnet_hidden_states": residuals(model, 2)}
+    if model is qwen():
+        return {"controlnet_block_samples": residuals(model, 3)}
+    return {
+        "controlnet_block_samples": residuals(model, 1),
+        "controlnet_single_block_samples": residuals(model, 3),
+    }
+
+
+@models
+def test_at_ratio_0_a_model_is_the_original_bit_for_bit(name: str) -> None:
+    model = MODELS[name]()
+    assert torch.equal(output(transformed(model, 0), inputs(model)), output(model, inputs(model)))
+
+
+@models
+@pytest.mark.parametrize(
+    "options", [{}, {"prop_attn": False}, {"share_match": False}, {"tile": None}, {"tile": 4}], ids=str
+)
+def test_whole_blocks_compute_what_a_plain_patch_around_them_does(name: str, options: dict[str, Any]) -> None:
+    model, arguments = MODELS[name](), inputs(MODELS[name]())
+    result = output(transformed(model, **options), arguments)
+    expected = output(patched(model, **options), arguments)
+    assert relative_error(result, expected) < 1e-6
+    assert relative_error(output(model, arguments), expected) > 1e-3
+
+
+@models
+def test_a_batch_of_two_is_two_batches_of_one(name: str) -> None:
+    model = MODELS[name]()
+    result, arguments = transformed(model), inputs(model)
+    both = result(**arguments, return_dict=False)
+    alone = [result(**one_of(arguments, image), return_dict=False) for image in range(2)]
+    groups = [found if isinstance(found[0], Tensor) else [part for group in found for part in group] for found in alone]
+    own = both if isinstance(both[0], Tensor) else [part for group in both for part in group]
+    for found, *parts in zip(own, *groups, strict=True):
+        assert relative_error(torch.cat(parts).detach(), found.detach()) < 2e-6
+
+
+@models
+def test_the_model_given_is_left_as_it_is_and_the_result_is_of_its_class_and_weights(name: str) -> None:
+    model = MODELS[name]()
+    before, expected = state(model), output(model, inputs(model))
+    result = transformed(model)
+    output(result, inputs(model))
+    assert state(model) == before
+    assert torch.equal(output(model, inputs(model)), expected)
+    assert type(result) == type(model)  # noqa: E721
+    assert isinstance(result, type(model))
+    assert list(result.state_dict()) == list(model.state_dict())
+    assert all(a is b for a, b in zip(result.parameters(), model.parameters(), strict=True))
+
+
+@some
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_the_patch(name: str, checkpointing: bool) -> None:
+    model, arguments = copy.deepcopy(MODELS[name]()), inputs(MODELS[name]())
+    result, expected = transformed(model, prop_attn=False), patched(model, prop_attn=False)
+    if checkpointing:
+        result.enable_gradient_checkpointing()
+    found = []
+    for one in (result, expected):
+        one.zero_grad()
+        flattened(one(**arguments, return_dict=False)).square().mean().backward()
+        found.append(
+            {name: parameter.grad.clone() for name, parameter in one.named_parameters() if parameter.grad is not None}
+        )
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) > 20
+    for parameter, gradient in found[1].items():
+        assert (found[0][parameter] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-9
+
+
+@some
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_to_the_whole_as_the_patch_is(name: str, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(MODELS[name]()).to(dtype)
+    result, expected = output(transformed(model), inputs(model)), output(patched(model), inputs(model))
+    assert relative_error(result.float(), expected.float()) < (0.1 if dtype == torch.bfloat16 else 0.02)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen"])
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_lora_has_its_scale(name: str, ratio: float) -> None:
+    model, arguments = with_lora(MODELS[name]()), inputs(MODELS[name]())
+    argument = "attention_kwargs" if name == "qwen" else "joint_attention_kwargs"
+    scaled = {**arguments, argument: {"scale": 0.3}}
+    result, expected = transformed(model, ratio), patched(model, ratio)
+    if ratio == 0:
+        assert torch.equal(output(result, scaled), output(model, scaled))
+    assert relative_error(output(result, scaled), output(expected, scaled)) < 1e-6
+    assert relative_error(output(result, arguments), output(result, scaled)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen"])
+def test_residuals_of_a_controlnet_are_added_to_whole_tokens_between_merged_blocks(name: str) -> None:
+    model = MODELS[name]()
+    arguments = {**inputs(model), **control(model)}
+    result, expected = output(transformed(model), arguments), output(patched(model), arguments)
+    assert relative_error(result, expected) < 1e-6
+    assert relative_error(output(transformed(model), inputs(model)), expected) > 1e-3
+
+
+@pytest.mark.parametrize("skipped", [[1], [0, 2], [3]])
+def test_layers_of_sd3_can_be_skipped(skipped: list[int]) -> None:
+    arguments = {**inputs(sd3()), "skip_layers": skipped}
+    if 0 in skipped:
+        expected = patched(sd3(), share_match=False)
+        assert (
+            relative_error(output(transformed(sd3(), share_match=False), arguments), output(expected, arguments)) < 1e-6
+        )
+    else:
+        assert relative_error(output(transformed(sd3()), arguments), output(patched(sd3()), arguments)) < 1e-6
+
+
+def test_a_second_picture_of_flux_is_merged_within_itself() -> None:
+    one = inputs(flux())
+    second = one["img_ids"] + torch.tensor([1.0, 0, 0])
+    arguments = {
+        **one,
+        "hidden_states": torch.cat([one["hidden_states"], one["hidden_states"].flip(1)], dim=1),
+        "img_ids": torch.cat([one["img_ids"], second]),
+    }
+    result = transformed(flux(), tile=8)
+    assert output(result, arguments).shape == (2, 128, 8)
+    count = len(arguments["img_ids"])
+    slots = tome_fx.ops.match_along(
+        arguments["hidden_states"],
+        tome_fx.ops.line_of(arguments["img_ids"], 2, 2),
+        1,
+        count,
+        kept=count // 2,
+        sx=4,
+        sy=1,
+        seed=None,
+        tile=64,
+    )
+    assert slots is not None
+    for slot in slots.slot:
+        assert not set(slot[:64].tolist()) & set(slot[64:].tolist())
+
+
+def test_several_pictures_of_qwen_are_told_by_their_shapes() -> None:
+    one = inputs(qwen())
+    tokens = torch.cat([one["hidden_states"], one["hidden_states"][:, :24]], dim=1)
+    arguments = {**one, "hidden_states": tokens, "img_shapes": [[(1, 8, 8), (1, 4, 6)]] * 2}
+    assert output(transformed(qwen()), arguments).shape == (2, 88, 8)
+    assert torch.equal(output(transformed(qwen(), 0), arguments), output(qwen(), arguments))
+
+
+@some
+def test_a_model_compiles_as_one_graph_for_each_ratio_and_never_again(
+    name: str, fresh_dynamo: None, counter: Any
+) -> None:
+    model = MODELS[name]()
+    result, arguments = transformed(model), inputs(model)
+    expected = {ratio: output(transformed(model, ratio), arguments) for ratio in (0.5, 0.25)}
+    compiled = whole(result, counter)
+    for ratio in (0.5, 0.25, 0.5, 0.25):
+        tome_fx.set_ratio(result, ratio)
+        assert relative_error(output(compiled, arguments), expected[ratio]) < 1e-6
+    assert_no_break_and(counter, compiles=2)
+
+
+@some
+def test_a_dynamic_ratio_is_one_compile(name: str, fresh_dynamo: None, counter: Any) -> None:
+    model = MODELS[name]()
+    result, arguments = transformed(model, dynamic_ratio=True), inputs(model)
+    compiled = whole(result, counter)
+    for ratio in (0.5, 0.25, 0.7, 0.0):
+        tome_fx.set_ratio(result, ratio)
+        expected = output(transformed(model, ratio), arguments)
+        assert relative_error(output(compiled, arguments), expected) < 1e-6
+    assert_no_break_and(counter, compiles=1)
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen"])  # diffusers has no repeated blocks for the others
+def test_compiled_by_blocks_a_model_has_no_more_graphs_than_the_original(
+    name: str, fresh_dynamo: None, counter: Any
+) -> None:
+    model, arguments = MODELS[name](), inputs(MODELS[name]())
+    stock = by_block(copy.deepcopy(model), counter)
+    output(stock, arguments)
+    of_stock = counter.frame_count
+    torch._dynamo.reset()
+    counter.frame_count = 0
+    result = by_block(transformed(model), counter)
+    assert relative_error(output(result, arguments), output(transformed(model), arguments)) < 1e-6
+    assert counter.frame_count == of_stock > 0
+
+
+def test_options_that_mean_nothing_in_a_transformer_are_errors_that_say_so() -> None:
+    with pytest.raises(TransformError, match=r"FluxTransformer2DModel is a transformer, .*: pass merge_block=True"):
+        tome_fx.transform(flux())
+    with pytest.raises(
+        ValueError, match=r"max_downsample=2 does nothing in PixArtTransformer2DModel, .*; leave it out"
+    ):
+        transformed(pixart(), max_downsample=2)
+    with pytest.raises(ValueError, match="merge_mlp=True does nothing with merge_block=True"):
+        transformed(sd3(), merge_mlp=True)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3_controlnet", "qwen"])
+def test_weights_that_are_asked_for_where_no_mask_is_taken_are_an_error_in_words(name: str) -> None:
+    with pytest.raises(TransformError, match=r"takes no mask.*: prop_attn=True cannot be served"):
+        transformed(MODELS[name](), prop_attn=True)
+
+
+@pytest.mark.parametrize("name", ["pixart", "flux", "flux_controlnet"])
+def test_weights_that_are_asked_for_are_those_of_the_default(name: str) -> None:
+    model, arguments = MODELS[name](), inputs(MODELS[name]())
+    assert torch.equal(output(transformed(model, prop_attn=True), arguments), output(transformed(model), arguments))
+    assert (
+        relative_error(output(transformed(model), arguments), output(transformed(model, prop_attn=False), arguments))
+        > 1e-4
+    )
+
+
+class Own:
+    """A processor of a user's, which takes a mask and may attend to other keys."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Any,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+
+def test_processors_that_are_not_diffusers_are_not_given_weights_unless_these_are_asked_for() -> None:
+    model = copy.deepcopy(flux())
+    model.set_attn_processor({name: Own(processor) for name, processor in model.attn_processors.items()})
+    arguments = inputs(model)
+    assert torch.equal(output(transformed(model), arguments), output(transformed(flux(), prop_attn=False), arguments))
+    asked = output(transformed(model, prop_attn=True), arguments)
+    assert torch.equal(asked, output(transformed(flux()), arguments))
+    assert "Own is none of diffusers'" in str(tome_fx.explain(transformed(model), SIDE, SIDE))
+
+
+def test_a_mask_of_the_users_for_every_token_is_refused_with_merged_ones() -> None:
+    mask = torch.ones(2, 1, 1, 5 + 64)
+    arguments = {**inputs(flux()), "joint_attention_kwargs": {"attention_mask": mask}}
+    with pytest.raises(
+        TransformError, match=r"attention_mask was given to transformer_blocks.0, whose tokens are merged"
+    ):
+        output(transformed(flux()), arguments)
+    assert torch.equal(output(transformed(flux(), 0), arguments), output(flux(), arguments))
+
+
+def test_caches_that_keep_tokens_are_refused_where_there_are_merged_ones() -> None:
+    result = transformed(flux())
+    result.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(TransformError, match=r"keeps what it sees in transformer_blocks.0, whose tokens are merged"):
+        output(result, inputs(flux()))
+
+
+def test_models_that_are_not_known_are_refused_with_those_that_are() -> None:
+    with pytest.raises(
+        TypeError, match=f"model must be a .*, {', '.join(list(FACTS)[:-1])} or {list(FACTS)[-1]}, got Linear"
+    ):
+        transformed(nn.Linear(2, 2))
+
+
+def test_models_that_cannot_have_merged_tokens_are_refused_with_the_reason() -> None:
+    sana = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=8,
+    )
+    with pytest.raises(
+        TransformError, match="SanaTransformer2DModel cannot have merged tokens: its feed-forwards are conv"
+    ):
+        transformed(sana)
+    import diffusers
+
+    assert all(inspect.isclass(getattr(diffusers, known)) for known in (*FACTS, *CANNOT))
+
+
+@models
+def test_explain_counts_what_merging_saves(name: str) -> None:
+    report = tome_fx.explain(transformed(MODELS[name]()), 2 * SIDE, SIDE)
+    assert [(row.height, row.width, row.kept, row.scopes) for row in report.rows] == [
+        (SIDE, SIDE // 2, SIDE**2 // 4, ("block",))
+    ] * len(report.rows)
+    assert 1.2 < report.bound < 3
+    assert all(row.flops_after < row.flops_before for row in report.rows)
+    assert ("takes no mask" in str(report)) == bool(FACTS[type(MODELS[name]()).__name__].unweighed)
+    assert report.levels == ()
+
+
+def test_explain_asks_for_whole_tokens() -> None:
+    with pytest.raises(
+        ValueError, match="height must be a multiple of 2, the latents of a token of FluxTransformer2DModel"
+    ):
+        tome_fx.explain(transformed(flux()), 9, 8)
+
+
+@pytest.mark.slow
+@models
+def test_diagnose_finds_nothing_to_mend(name: str, fresh_dynamo: None) -> None:
+    result = transformed(MODELS[name]())
+    with torch.no_grad():
+        compiled: Any = torch.compile(result, backend="eager", fullgraph=True)
+        found = tome_fx.diagnose(compiled, **inputs(result))
+    assert found.healthy, str(found)
+    assert (found.graphs_first_call, found.graphs_second_call) == (1, 0)
+    assert "merging around block" in str(found)
+
+
+@models
+def test_a_deep_copy_has_a_ratio_of_its_own(name: str) -> None:
+    result = transformed(MODELS[name]())
+    other = copy.deepcopy(result)
+    tome_fx.set_ratio(other, 0.25)
+    arguments = inputs(result)
+    assert torch.equal(output(result, arguments), output(transformed(MODELS[name]()), arguments))
+    assert torch.equal(output(other, arguments), output(transformed(MODELS[name](), 0.25), arguments))
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart"])
+def test_what_is_saved_is_the_plain_model(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    transformed(model).save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert torch.equal(output(loaded, inputs(model)), output(model, inputs(model)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["pixart", "flux"])
+def test_code_that_inductor_writes_computes_the_same(name: str, fresh_dynamo: None) -> None:
+    result, arguments = transformed(MODELS[name]()), inputs(MODELS[name]())
+    compiled: Any = torch.compile(result, fullgraph=True)
+    assert relative_error(output(compiled, arguments), output(result, arguments)) < 1e-5
+
+
+@pytest.mark.slow
+@models
+def test_a_model_can_be_exported(name: str) -> None:
+    result, arguments = transformed(MODELS[name]()), inputs(MODELS[name]())
+    with torch.no_grad():
+        program = torch.export.export(result, (), {**arguments, "return_dict": False})
+        found = flattened(program.module()(**arguments, return_dict=False))
+    assert relative_error(found, output(result, arguments)) < 1e-6
+
+
+def test_a_plan_for_a_transformer_may_be_tomesds_but_for_the_level() -> None:
+    options = {name: value for name, value in tome_fx.TOMESD.items() if name != "max_downsample"}
+    arguments = inputs(flux())
+    result = output(transformed(flux(), **options), arguments)
+    assert relative_error(result, output(patched(flux(), **options), arguments)) < 1e-6

@@ -1,0 +1,139 @@
+"""What is known of diffusion transformers, as data: a table by the names of diffusers' classes.
+
+By name, since diffusers loads a model's file when it is asked for the model, and nobody should have to load them all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from tome_fx.families import grids, rotary, transformer_inputs
+from tome_fx.families.weights import WEIGH
+from tome_fx.graph.scopes import Adapted, Weigh
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A transformer of diffusers, whose blocks take and return image tokens `[B, N, C]` called `hidden_states`.
+
+    Args:
+        inputs: What makes inputs for it; see transformer_inputs.py.
+        blocks: Names of its lists of blocks, in the order in which they run.
+        image: Name of the input that shows where tokens lie.
+        grid: What makes height and width of it.
+        line: What makes a line of it, where it is no image; see `Stack`.
+        result: Place of the image's tokens in what a block returns; None where it returns them alone.
+        attention: Names of the attention modules in a block, the one whose keys are image tokens first.
+        processor: What attention has that does not know its own, after `diffusers.models`.
+        adapted: Arguments of a block with a row for each token.
+        weights: Name of the argument of a block that takes weights as a mask, where there is one.
+        weigh: Another argument that carries weights: what makes it where they are asked for, and where they are taken
+            if they can be.
+        unweighed: Why merged tokens cannot be weighed; empty where they can be.
+        per_token: Names of arguments with an entry for each token; see `Stack`.
+        packed: Latents per token along a side, where tokens are what is put in; None for the config's `patch_size`.
+        calls: Functions that the model's graph calls instead of entering them.
+        reads: Attributes that the model reads of its blocks.
+    """
+
+    inputs: Callable[..., dict[str, Any]]
+    blocks: tuple[str, ...]
+    image: str
+    grid: Callable[..., tuple[int, int]]
+    line: Callable[..., Tensor] | None = None
+    result: int | None = 1
+    attention: tuple[str, ...] = ("attn",)
+    processor: str = "attention_processor.AttnProcessor2_0"
+    adapted: tuple[Adapted, ...] = ()
+    weights: str | None = None
+    weigh: tuple[Adapted, Adapted] | None = None
+    unweighed: str = ""
+    per_token: tuple[str, ...] = ()
+    packed: int | None = None
+    calls: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+    def downsample(self, model: nn.Module) -> int:
+        """Latents per token along a side."""
+        config: Any = model.config
+        return config.patch_size if self.packed is None else self.packed
+
+    def result_of(self, model: nn.Module) -> int | None:
+        """Place of the image's tokens in what a block returns: blocks without text return them alone."""
+        return None if getattr(model, "context_embedder", ...) is None else self.result
+
+    def adapted_for(self, prop_attn: bool | None) -> tuple[Adapted, ...]:
+        """Arguments that are others for merged tokens, weights among them if they are wanted."""
+        if self.weigh is None or prop_attn is False:
+            return self.adapted
+        always, where_taken = self.weigh
+        return (*self.adapted, always if prop_attn else where_taken)
+
+    def weigh_blocks(self, prop_attn: bool | None) -> Weigh | None:
+        """What gives the weights that go into the argument of this name."""
+        return WEIGH[prop_attn][1] if self.weights else None
+
+
+SD3 = Facts(
+    transformer_inputs.of_sd3,
+    blocks=("transformer_blocks",),
+    image="hidden_states",
+    grid=grids.grid_of_patches,
+    attention=("attn", "attn2"),
+    processor="attention_processor.JointAttnProcessor2_0",
+    unweighed="takes no mask, by which merged tokens would be weighed",
+    reads=("context_pre_only",),
+)
+FLUX = Facts(
+    transformer_inputs.of_flux,
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    image="img_ids",
+    grid=grids.row_of_coordinates,
+    line=grids.line_of_coordinates,
+    adapted=(Adapted("image_rotary_emb", rotary.after_text),),
+    weigh=(
+        Adapted("joint_attention_kwargs", rotary.weights_after_text, ("encoder_hidden_states",)),
+        Adapted("joint_attention_kwargs", rotary.weights_after_text_where_taken, ("encoder_hidden_states",)),
+    ),
+    per_token=("joint_attention_kwargs.attention_mask", "joint_attention_kwargs.ip_adapter_masks"),
+    packed=transformer_inputs.PACKED,
+)
+FACTS: dict[str, Facts] = {
+    "PixArtTransformer2DModel": Facts(
+        transformer_inputs.of_pixart,
+        blocks=("transformer_blocks",),
+        image="hidden_states",
+        grid=grids.grid_of_patches,
+        result=None,
+        attention=("attn1", "attn2"),
+        weights="attention_mask",
+        per_token=("attention_mask", "cross_attention_kwargs.ip_adapter_masks"),
+    ),
+    "SD3Transformer2DModel": SD3,
+    # Of one without an embedding of places the tokens are put in, but for those of its picture.
+    "SD3ControlNetModel": replace(SD3, inputs=transformer_inputs.of_sd3_controlnet, image="controlnet_cond"),
+    "FluxTransformer2DModel": FLUX,
+    "FluxControlNetModel": replace(FLUX, inputs=transformer_inputs.of_flux_controlnet),
+    "QwenImageTransformer2DModel": Facts(
+        transformer_inputs.of_qwen,
+        blocks=("transformer_blocks",),
+        image="img_shapes",
+        grid=grids.row_of_shapes,
+        line=grids.line_of_shapes,
+        processor="transformers.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0",
+        adapted=(Adapted("image_rotary_emb", rotary.beside_text),),
+        unweighed="takes no mask but that of the text, and merged tokens would be weighed by one",
+        packed=transformer_inputs.PACKED,
+        calls=("compute_text_seq_len_from_mask",),
+    ),
+}
+
+# Transformers that cannot have merged tokens in whole blocks, and why.
+CANNOT = {
+    "SanaTransformer2DModel": "its feed-forwards are convolutions over the grid, on which merged tokens do not lie",
+    "SanaControlNetModel": "its feed-forwards are convolutions over the grid, on which merged tokens do not lie",
+    "ZImageTransformer2DModel": "its forward takes lists of images apart by their values, which no graph can",
+    "Lumina2Transformer2DModel": "its forward goes by the lengths of prompts, which are data, and breaks a graph",
+}

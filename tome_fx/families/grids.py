@@ -1,0 +1,46 @@
+"""Where the tokens of transformers lie: functions that rewritten graphs call."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tome_fx import ops
+
+
+def grid_of_patches(image: Tensor, patch: int) -> tuple[int, int]:
+    """Height and width of the tokens of an image `[B, C, H, W]`, each a square of this side."""
+    height, width = ops.grid_of(image)
+    return height // patch, width // patch
+
+
+def row_of_coordinates(coordinates: Tensor) -> tuple[int, int]:
+    """One row of all tokens `[N, axes]`, or `[B, N, axes]` with the same for all images."""
+    return 1, coordinates.shape[-2]
+
+
+def line_of_coordinates(coordinates: Tensor, tokens: Tensor, sx: int, sy: int) -> Tensor:
+    """The order of tokens along a line, by coordinates as above; see `ops.line_of`."""
+    return ops.line_of(coordinates[0] if coordinates.ndim == 3 else coordinates, sx, sy)
+
+
+def row_of_shapes(shapes: Any) -> tuple[int, int]:
+    """One row of all tokens of pictures of these shapes: those of one image, or a list for each image, all alike."""
+    return 1, sum(frames * height * width for frames, height, width in _pictures(shapes))
+
+
+def line_of_shapes(shapes: Any, tokens: Tensor, sx: int, sy: int) -> Tensor:
+    """The order of the tokens of pictures of these shapes along a line; see `ops.line_of`."""
+    found = []
+    for number, (frames, height, width) in enumerate(_pictures(shapes)):
+        place = torch.arange(frames * height * width, device=tokens.device)
+        frame, inside = place // (height * width), place % (height * width)
+        found.append(torch.stack([torch.full_like(place, number), frame, inside // width, inside % width], dim=1))
+    return ops.line_of(torch.cat(found), sx, sy)
+
+
+def _pictures(shapes: Any) -> Sequence[tuple[int, int, int]]:
+    """Frames, height and width of each picture of an image."""
+    first = shapes[0] if isinstance(shapes, list) else shapes
+    return first if isinstance(first, list) else [first]

@@ -1,0 +1,95 @@
+"""What the blocks of transformers are given for each token: places to turn queries and keys by, and weights.
+
+NOTE [Places of merged tokens]
+Queries and keys are turned by a table with a row for each token. Merged tokens have the row of their destination, which
+is another token in each image, and diffusers' functions want one table `[S, D]` for all images. They do no more with it
+than put in dimensions of 1. So they are given an object that does that to `[B, S, D]`; there is no arithmetic in it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tome_fx import ops
+from tome_fx.families.weights import why_unweighed_by_default
+
+
+class Rows:
+    """A table of its own for each image that passes for one table: see NOTE [Places of merged tokens].
+
+    Args:
+        rows: `[B, S, D]`.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __getitem__(self, index: tuple[Any, ...]) -> Tensor:
+        """`table[None, :, None, :]`, whose first dimension, of all images, is that of the images here."""
+        own = slice(None), *index[1:]
+        return self.rows[own]
+
+    def unsqueeze(self, dim: int) -> Tensor:
+        """`table.unsqueeze(dim)`, with the images before its dimensions."""
+        return self.rows.unsqueeze(dim + 1)
+
+
+def after_text(block: nn.Module, table: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
+    """The cosines and sines of a sequence of text and image; a node of rewritten graphs.
+
+    Args:
+        block: The block that they are for.
+        table: Two tensors `[T + N, D]`, or None.
+        slots: The slot map.
+        places: From `ops.places`, `[B, K]`.
+    """
+    if places is None or slots is None or table is None:
+        return table
+    text = table[0].shape[0] - slots.slot.shape[1]
+    alone = torch.arange(text, device=places.device).expand(places.shape[0], -1)
+    rows = torch.cat([alone, places + text], dim=1)
+    return tuple([Rows(part[rows]) for part in table])
+
+
+def beside_text(block: nn.Module, tables: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
+    """The tables of image and text where each has its own; a node of rewritten graphs.
+
+    Args:
+        block: The block that they are for.
+        tables: Of the image, `[N, D]`, and of the text; or None.
+        slots: The slot map.
+        places: From `ops.places`, `[B, K]`.
+    """
+    if places is None or tables is None:
+        return tables
+    image, text = tables
+    return Rows(image[places]), text
+
+
+def weights_after_text(
+    block: Any, options: dict[str, Any] | None, slots: ops.SlotMap | None, places: Tensor | None, text: Tensor
+) -> dict[str, Any] | None:
+    """Options of a block's attention with a mask that weighs merged tokens and leaves text as it is; a node.
+
+    Args:
+        block: The block.
+        options: What attention is given by name, or None.
+        slots: The slot map.
+        places: From `ops.places`.
+        text: `[B, T, C]`, the tokens of text, which come before the image's.
+    """
+    sizes = ops.log_sizes(text, slots)
+    if sizes is None:
+        return options
+    mask = torch.cat([sizes.new_zeros(*sizes.shape[:2], text.shape[1]), sizes], dim=2)
+    return {**(options or {}), "attention_mask": mask[:, None]}
+
+
+def weights_after_text_where_taken(
+    block: Any, options: dict[str, Any] | None, slots: ops.SlotMap | None, places: Tensor | None, text: Tensor
+) -> dict[str, Any] | None:
+    """The same, or the options as they are where weights cannot be taken; a node of rewritten graphs."""
+    if why_unweighed_by_default(block.attn):
+        return options
+    return weights_after_text(block, options, slots, places, text)

@@ -1,0 +1,92 @@
+"""Random inputs for diffusion transformers, from their configs: for `explain`, the first trace, and the tests."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PACKED = 2  # latents along a side of a token that is put in as such: pipelines pack squares of them
+PIXELS = 8  # of a latent along a side
+
+Random = Callable[..., Tensor]  # of a shape without the batch
+
+
+def of_pixart(model: Any, height: int, width: int, text_tokens: int, random: Random) -> dict[str, Any]:
+    """Of PixArt: an image, a prompt, a time step, and the sizes that models of 1024 pixels are told."""
+    config = model.config
+    more = {"resolution": random(2), "aspect_ratio": random(1)} if model.use_additional_conditions else {}
+    return {
+        "hidden_states": random(config.in_channels, height, width),
+        "encoder_hidden_states": random(text_tokens, config.caption_channels or config.cross_attention_dim),
+        "timestep": random().abs(),
+        "added_cond_kwargs": more or {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def of_sd3(model: Any, height: int, width: int, text_tokens: int, random: Random) -> dict[str, Any]:
+    """Of Stable Diffusion 3: an image, a prompt, what is left of it as a whole, and a time step."""
+    config = model.config
+    return {
+        "hidden_states": random(config.in_channels, height, width),
+        "encoder_hidden_states": random(text_tokens, config.joint_attention_dim),
+        "pooled_projections": random(config.pooled_projection_dim),
+        "timestep": random().abs(),
+    }
+
+
+def of_sd3_controlnet(model: Any, height: int, width: int, text_tokens: int, random: Random) -> dict[str, Any]:
+    """The same and a picture. One without text has no prompt, and one without an embedding of places takes tokens."""
+    config = model.config
+    inputs = {
+        "hidden_states": random(config.in_channels, height, width),
+        "controlnet_cond": random(config.in_channels + config.extra_conditioning_channels, height, width),
+        "pooled_projections": random(config.pooled_projection_dim),
+        "timestep": random().abs(),
+    }
+    if model.pos_embed is None:
+        inputs["hidden_states"] = random(height // config.patch_size * (width // config.patch_size), model.inner_dim)
+    if model.context_embedder is not None:
+        inputs["encoder_hidden_states"] = random(text_tokens, config.joint_attention_dim)
+    return inputs
+
+
+def of_flux(model: Any, height: int, width: int, text_tokens: int, random: Random) -> dict[str, Any]:
+    """Of Flux: tokens with their coordinates, a prompt, what is left of it as a whole, a time step, guidance."""
+    config = model.config
+    rows, columns = height // PACKED, width // PACKED
+    prompt = random(text_tokens, config.joint_attention_dim)
+    place = torch.arange(rows * columns, device=prompt.device)
+    inputs = {
+        "hidden_states": random(rows * columns, config.in_channels),
+        "encoder_hidden_states": prompt,
+        "pooled_projections": random(config.pooled_projection_dim),
+        "timestep": random().abs(),
+        "img_ids": torch.stack([place * 0, place // columns, place % columns], dim=1).to(prompt.dtype),
+        "txt_ids": prompt.new_zeros(text_tokens, 3),
+    }
+    return {**inputs, "guidance": random().abs()} if config.guidance_embeds else inputs
+
+
+def of_flux_controlnet(model: Any, height: int, width: int, text_tokens: int, random: Random) -> dict[str, Any]:
+    """The same and a picture, as tokens or in pixels, and its kind for a model of several."""
+    inputs = of_flux(model, height, width, text_tokens, random)
+    inputs["controlnet_cond"] = torch.randn_like(inputs["hidden_states"])
+    if model.input_hint_block is not None:
+        inputs["controlnet_cond"] = random(3, height * PIXELS, width * PIXELS)
+    if model.union:
+        inputs["controlnet_mode"] = torch.zeros_like(inputs["timestep"][:, None], dtype=torch.long)
+    return inputs
+
+
+def of_qwen(model: Any, height: int, width: int, text_tokens: int, random: Random) -> dict[str, Any]:
+    """Of Qwen-Image: tokens, the sizes of their pictures, a prompt, a time step."""
+    config = model.config
+    rows, columns = height // PACKED, width // PACKED
+    tokens = random(rows * columns, config.in_channels)
+    return {
+        "hidden_states": tokens,
+        "encoder_hidden_states": random(text_tokens, config.joint_attention_dim),
+        "timestep": random().abs(),
+        "img_shapes": [[(1, rows, columns)]] * tokens.shape[0],
+    }

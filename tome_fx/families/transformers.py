@@ -1,0 +1,223 @@
+"""Diffusion transformers: whole blocks run on merged tokens, by the graph of the model's own forward.
+
+What differs between models is data (facts.py). The blocks are left as they are, so that adapters, processors, hooks and
+compilation by blocks are none of merging's business.
+"""
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+
+from tome_fx.families.facts import CANNOT, FACTS, Facts
+from tome_fx.families.levels import Level
+from tome_fx.families.refusals import CheckMergedStack
+from tome_fx.families.sites import Site
+from tome_fx.families.weights import WeighingProcessor, why_unweighed_by_default
+from tome_fx.graph.calls import positional
+from tome_fx.graph.rewrite import StackPass
+from tome_fx.graph.scopes import Matching, Scope, Stack
+from tome_fx.graph.specialize import specialize
+from tome_fx.graph.structure import kind
+from tome_fx.plan import MERGING, Plan, TransformError
+
+NAMES = tuple(FACTS)
+EXAMPLE = 16  # latents along a side of the image that is traced first; any would do
+
+
+def serves(model: object) -> bool:
+    """Whether the model is one of these.
+
+    Raises:
+        TransformError: It is a transformer that cannot have merged tokens.
+    """
+    names = _names_in_diffusers(model)
+    for name in names & CANNOT.keys():
+        raise TransformError(f"{name} cannot have merged tokens: {CANNOT[name]}")
+    return not names.isdisjoint(FACTS)
+
+
+def example_inputs(
+    model: nn.Module,
+    height: int,
+    width: int,
+    *,
+    batch: int = 2,
+    text_tokens: int = 77,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Random arguments for a forward of the model, such as a pipeline would give it.
+
+    Args:
+        model: One of these.
+        height: Latent rows.
+        width: Latent columns.
+        batch: Images.
+        text_tokens: Length of the prompt.
+        device: Of the tensors; "meta" for shapes alone.
+        dtype: Of the tensors.
+
+    Raises:
+        ValueError: A side is no whole number of tokens.
+    """
+    facts = _facts(model)
+    for name, size in (("height", height), ("width", width)):
+        if size % facts.downsample(model):
+            raise ValueError(
+                f"{name} must be a multiple of {facts.downsample(model)}, the latents of a token of "
+                f"{type(model).__name__}; got {size}"
+            )
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, device=device, dtype=dtype)
+
+    return facts.inputs(model, height, width, text_tokens, random)
+
+
+def merged_sites(model: nn.Module, plan: Plan) -> list[Site]:
+    """Every block over image tokens.
+
+    Raises:
+        TransformError: The plan asks for what transformers cannot do.
+        ValueError: An option would do nothing.
+    """
+    facts = _facts(model)
+    _refuse_options(model, facts, plan)
+    config: Any = model.config
+    channels = config.num_attention_heads * config.attention_head_dim
+    return [Site("", path, facts.downsample(model), channels) for path in _blocks(model, facts)]
+
+
+def levels(model: nn.Module, plan: Plan) -> list[Level]:
+    """None: all blocks of a transformer have the same tokens, and are merged in."""
+    return []
+
+
+def merged_around(plan: Plan) -> tuple[str, ...]:
+    """What the plan merges around, in words."""
+    return ("block",)
+
+
+def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]]:
+    """The new class of the model itself, by its path, which is empty.
+
+    Raises:
+        TransformError: The plan asks for what transformers cannot do, or the model cannot be traced.
+        ValueError: An option would do nothing.
+    """
+    facts = _facts(model)
+    blocks = tuple(site.block for site in merged_sites(model, plan))
+    stack = Stack(
+        blocks,
+        tokens="hidden_states",
+        arguments=tuple(positional(model.get_submodule(block)) for block in blocks),
+        image=facts.image,
+        grid=facts.grid,
+        grid_arguments=() if facts.line else (facts.downsample(model),),
+        line=facts.line,
+        ratio=f"{MERGING}.ratio",
+        result=facts.result_of(model),
+        adapted=facts.adapted_for(plan.prop_attn),
+        weights=facts.weights,
+        per_token=facts.per_token,
+        option="merge_block",
+        skips=True,  # as skip_layers of Stable Diffusion 3 does
+    )
+    matching = Matching(plan.sx, plan.sy, plan.cell_seed, plan.tile, once=plan.share_match)
+    inputs = example_inputs(model, EXAMPLE, EXAMPLE, device="meta")
+    cls = specialize(
+        model,
+        StackPass(stack, matching, facts.weigh_blocks(plan.prop_attn)),
+        example={**{name: kind(value) for name, value in inputs.items()}, "return_dict": False},  # as pipelines call it
+        calls=facts.calls,
+        reads=facts.reads,
+        check=CheckTransformer(blocks, facts.attention, bool(plan.prop_attn)),
+    )
+    return {"": cls}
+
+
+def weighing_processors(model: nn.Module, plan: Plan) -> dict[str, WeighingProcessor]:
+    """Processors for self-attention that has diffusers' own and weighs merged tokens, by its path in the model."""
+    facts = _facts(model)
+    if plan.prop_attn is False or facts.weights is None:
+        return {}
+    paths = [f"{path}.{facts.attention[0]}" for path in _blocks(model, facts)]
+    own = [path for path in paths if type(getattr(model.get_submodule(path), "processor", None)) is AttnProcessor2_0]
+    return {path: WeighingProcessor() for path in own}
+
+
+def why_unweighed(model: nn.Module, site: Site) -> str:
+    """Why merged tokens are not weighed in a block where nobody has asked for it; empty where they are."""
+    facts = _facts(model)
+    attention = model.get_submodule(f"{site.path}.{facts.attention[0]}")
+    reason = facts.unweighed or why_unweighed_by_default(attention)
+    return f"{type(getattr(attention, 'processor', None)).__name__} {reason}" if reason else ""
+
+
+def plain_processor(model: nn.Module, attention: Any) -> object:
+    """The processor that attention of the model has when nobody has put in another."""
+    own = getattr(attention, "_default_processor_cls", None)
+    if own is None:
+        module, _, name = _facts(model).processor.rpartition(".")
+        own = getattr(importlib.import_module(f"diffusers.models.{module}"), name)
+    return own()
+
+
+@dataclass(frozen=True)
+class CheckTransformer:
+    """Called before the forward of a transformer: refuses what cannot be around merged tokens, where there are any.
+
+    Args:
+        blocks: Names of its blocks.
+        attention: Names of the attention in a block; the first of them is that whose keys are merged.
+        weigh: Whether weights were asked for, so that what cannot weigh is refused.
+    """
+
+    blocks: tuple[str, ...]
+    attention: tuple[str, ...]
+    weigh: bool = False
+
+    def __call__(self, model: nn.Module) -> None:
+        """Look at the blocks and their attention.
+
+        Raises:
+            TransformError: A hook or a processor keeps what it saw, or leaves out the weights.
+        """
+        first, *others = (Scope(name, tokens="hidden_states", option="merge_block") for name in self.attention)
+        scopes = (replace(first, weights="attention_mask"), *others)
+        CheckMergedStack(self.blocks, scopes, self.weigh, hooks=True)(model)
+
+
+def _names_in_diffusers(model: object) -> set[str]:
+    """Names of the classes of diffusers that the model is of."""
+    return {cls.__name__ for cls in type(model).__mro__ if cls.__module__.partition(".")[0] == "diffusers"}
+
+
+def _facts(model: nn.Module) -> Facts:
+    return next(facts for name, facts in FACTS.items() if name in _names_in_diffusers(model))
+
+
+def _blocks(model: nn.Module, facts: Facts) -> Iterator[str]:
+    for name in facts.blocks:
+        for number, _ in model.get_submodule(name).named_children():
+            yield f"{name}.{number}"
+
+
+def _refuse_options(model: nn.Module, facts: Facts, plan: Plan) -> None:
+    name = type(model).__name__
+    if not plan.merge_block:
+        raise TransformError(
+            f"{name} is a transformer, in which whole blocks can be merged and no parts of them: pass merge_block=True"
+        )
+    if plan.max_downsample is not None:
+        raise ValueError(
+            f"max_downsample={plan.max_downsample!r} does nothing in {name}, whose tokens are all of one level; "
+            "leave it out"
+        )
+    if plan.prop_attn and facts.unweighed:
+        raise TransformError(f"attention of {name} {facts.unweighed}: prop_attn=True cannot be served. Leave it out")

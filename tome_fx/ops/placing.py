@@ -1,0 +1,113 @@
+"""Where on the grid merged tokens stand, and grids that are known by their tokens' coordinates alone.
+
+NOTE [Tokens on a line]
+Some models are told where their tokens lie by a table of coordinates. That is data, and so no side of a grid can be a
+shape. Their tokens are put on a line on which neighbours are neighbours on the picture, and the line is matched as a
+grid of one row: as many tokens in a row as a cell has are a cell, as many as a tile has are a tile.
+
+The line goes through one picture after another, in each along a Z-order curve over its whole cells, and last through
+the tokens that lie in no whole cell. Where sides are whole tiles of a power of two of cells, the line's tiles are those
+of the grid. Elsewhere they are as large and as coherent, and where the sizes of pictures are no multiple of a tile's, a
+tile holds the end of one and the beginning of the next.
+
+Source of the curve: Morton, "A Computer Oriented Geodetic Data Base and a New Technique in File Sequencing" (1966).
+"""
+
+import torch
+from torch import Tensor
+
+from tome_fx.ops.matching import SlotMap, match
+from tome_fx.ops.tiling import Tiles
+
+
+def line_of(coordinates: Tensor, sx: int, sy: int) -> Tensor:
+    """The order of tokens along a line; see NOTE [Tokens on a line].
+
+    Args:
+        coordinates: `[N, axes]`, whole numbers of any type. The last two axes are row and column, in tokens; tokens
+            that differ in one before these lie on different pictures.
+        sx: Width of a cell, in tokens.
+        sy: Height of a cell, in tokens.
+
+    Returns:
+        int64 `[N]`, the tokens from the first to the last on the line.
+    """
+    *others, y, x = (coordinates - coordinates.amin(dim=0)).long().unbind(dim=1)
+    picture = torch.zeros_like(x)
+    for axis in others:
+        picture = picture * (axis.amax() + 1) + axis
+    cell = (picture << 32) + (_spread(y // sy) << 1) + _spread(x // sx)
+    line = (cell * (sx * sy) + y % sy * sx + x % sx).argsort(stable=True)
+    in_order = cell[line]
+    found = torch.searchsorted(in_order, in_order, right=True) - torch.searchsorted(in_order, in_order)
+    return line[(found != sx * sy).byte().argsort(stable=True)]
+
+
+def _spread(number: Tensor) -> Tensor:
+    """The lowest 16 bits of each number, a zero before each of them."""
+    number = number & 0xFFFF
+    for shift, bits in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+        number = (number | number << shift) & bits
+    return number
+
+
+def match_along(
+    tokens: Tensor,
+    line: Tensor,
+    height: int,
+    width: int,
+    *,
+    kept: int | None,
+    sx: int,
+    sy: int,
+    seed: int | None,
+    tile: int | None = None,
+) -> SlotMap | None:
+    """As `match`, for tokens in any order: those of the line are matched as the tokens of a grid.
+
+    Args:
+        tokens: `[B, N, C]`.
+        line: int64 `[N]`, the tokens in the row-major order of the grid.
+        height, width, kept, sx, sy, seed, tile: Of `match`.
+    """
+    slots = match(tokens.detach()[:, line], height, width, kept=kept, sx=sx, sy=sy, seed=seed, tile=tile)
+    if slots is None:
+        return None
+    batch, count = slots.slot.shape
+    row = count * torch.arange(batch, device=line.device)[:, None]
+    slot = torch.empty_like(slots.slot).scatter_(1, line.expand(batch, -1), slots.slot)
+    return SlotMap(slot, (line[slots.order - row] + row).int(), slots.start)
+
+
+def places(
+    slots: SlotMap | None,
+    height: int,
+    width: int,
+    *,
+    sx: int,
+    sy: int,
+    seed: int | None,
+    tile: int | None = None,
+    line: Tensor | None = None,
+) -> Tensor | None:
+    """The token whose place on the grid each slot has: its destination, or the source that stays alone.
+
+    Args:
+        slots: From `match` or `match_along`.
+        height, width, sx, sy, seed, tile: As they were given there.
+        line: As it was given to `match_along`.
+
+    Returns:
+        int64 `[B, K]`, in `[0, N)`, or None where `slots` is None.
+    """
+    if slots is None:
+        return None
+    batch, count = slots.slot.shape
+    grid = Tiles.of(height, width, sx, sy, tile, seed, slots.slot.device)
+    destination = grid.token_of_place[:, : grid.destinations]
+    destination = destination.where(destination >= 0, destination[:, :1]).flatten()  # at a gap the tile's first again
+    if line is not None:
+        destination = line[destination]
+    row = count * torch.arange(batch, device=slots.slot.device)[:, None]
+    first = slots.order.flatten()[slots.start] - row
+    return first.scatter(1, slots.slot[:, destination].long(), destination.expand(batch, -1))
