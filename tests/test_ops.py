@@ -217,7 +217,7 @@ def test_a_search_in_parts_gives_the_bits_of_a_search_at_once(monkeypatch: pytes
 
 def largest(side: int, tile: int | None) -> int:
     """Bytes of the largest tensor of a site that is matched, merged, weighed and unmerged, without its tokens."""
-    sizes = []
+    sizes: list[int] = []
 
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -225,7 +225,7 @@ def largest(side: int, tile: int | None) -> int:
             sizes.extend(part.numel() * part.itemsize for part in tree_leaves(result) if isinstance(part, Tensor))
             return result
 
-    with FakeTensorMode(), Sizes():
+    with FakeTensorMode(), Sizes():  # type: ignore[no-untyped-call]
         tokens = torch.empty(1, side * side, 8)
         slots = matched(tokens, (side, side, 2, 2), 0.5, 3, tile)
         ops.unmerge(ops.merge(tokens, slots), slots)

@@ -179,7 +179,8 @@ def _ranks(similar: Tensor, source: Tensor) -> Tensor:
         return rank.gather(2, source)
     key = similar.where(~similar.isnan(), torch.inf)
     own, others = key.gather(2, source)[..., None], key[:, :, None]
-    return ((others > own) | ((others == own) & (place < source[..., None]))).sum(dim=3)
+    rank: Tensor = ((others > own) | ((others == own) & (place < source[..., None]))).sum(dim=3)
+    return rank
 
 
 def _as_number(size: int | Tensor) -> int:
