@@ -179,8 +179,8 @@ def _ranks(similar: Tensor, source: Tensor) -> Tensor:
         return rank.gather(2, source)
     key = similar.where(~similar.isnan(), torch.inf)
     own, others = key.gather(2, source)[..., None], key[:, :, None]
-    rank: Tensor = ((others > own) | ((others == own) & (place < source[..., None]))).sum(dim=3)
-    return rank
+    before = (others > own) | ((others == own) & (place < source[..., None]))
+    return before.sum(dim=3)
 
 
 def _as_number(size: int | Tensor) -> int:
@@ -192,4 +192,5 @@ def _unit(tokens: Tensor) -> Tensor:
     """Tokens of length 1, or 0 where a token is zero. In float32, where a sum of squares of fp16 fits."""
     wide = torch.promote_types(tokens.dtype, torch.float32)
     length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=wide)
-    return (tokens * length.clamp_min(1e-15).reciprocal()).to(tokens.dtype)
+    unit: Tensor = (tokens * length.clamp_min(1e-15).reciprocal()).to(tokens.dtype)
+    return unit
