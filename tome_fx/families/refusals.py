@@ -117,33 +117,41 @@ class CheckMergedStack:
         blocks: Their names.
         scopes: What is in them that keeps or needs tokens by place.
         weigh: Whether weights were asked for, so that what cannot weigh is refused.
-        hooks: Whether to look for hooks on the blocks themselves too, where caches put them.
     """
 
     blocks: tuple[str, ...]
     scopes: tuple[Scope, ...]
     weigh: bool = False
-    hooks: bool = False
 
     def __call__(self, module: nn.Module) -> None:
         """Look at the blocks, unless nothing is matched: at a dynamic ratio of 0 tokens are.
 
         Raises:
-            TransformError: As `CheckBlock` does.
+            TransformError: As `CheckBlock` does, of the blocks and what is in them; or tomesd merges in them.
         """
         ratio = getattr(module, MERGING).ratio
-        if not isinstance(ratio, str) or ratio_of(ratio):
-            for path in self.blocks:
-                block = module.get_submodule(path)
-                if self.hooks:
-                    _refuse_hooks(block, Scope(path, tokens="", option="merge_block"))
-                CheckBlock(self.scopes, weigh=self.weigh).refuse(block)
+        if isinstance(ratio, str) and not ratio_of(ratio):
+            return
+        for path in self.blocks:
+            block = module.get_submodule(path)
+            if _is_of_tomesd(type(block)):
+                raise TransformError(
+                    f"{path} in a {type(module).__name__} is patched by tomesd since the transform, and its tokens are "
+                    "merged already: take that back with tomesd.remove_patch(model)"
+                )
+            _refuse_stateful_hooks(block, path, "merge_block")
+            CheckBlock(self.scopes, weigh=self.weigh).refuse(block)
 
 
 NOTHING_MERGED = (
     "nothing would be merged there. Take the other forward back (tomesd.remove_patch takes back tomesd's), or leave "
     "this model untransformed"
 )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_of_tomesd(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "tomesd"
 
 
 def name_of(forward: Any) -> str:
@@ -154,17 +162,27 @@ def name_of(forward: Any) -> str:
 
 
 def _refuse_hooks(module: nn.Module, scope: Scope) -> None:
+    _refuse_stateful_hooks(module, scope.module, scope.option)
     for part in module.modules():
-        registry = getattr(part, "_diffusers_hook", None)
-        for hook in () if registry is None else registry.hooks.values():
-            name = type(hook).__name__
-            if hook._is_stateful:
-                raise TransformError(
-                    f"{name} keeps what it sees in {scope.module}, whose tokens are merged ({scope.option}=True) and "
-                    f"are others in every step. Leave it out there, or transform with {scope.option}=False"
-                )
+        for hook in _hooks(part):
             if part is not module and type(hook).__module__ not in HOOKS_OF_WEIGHTS:
                 raise TransformError(
-                    f"{name} changes tokens within {scope.module}, where they are merged ({scope.option}=True) and "
-                    f"lie on no grid. Leave it out there, or transform with {scope.option}=False"
+                    f"{type(hook).__name__} changes tokens within {scope.module}, where they are merged "
+                    f"({scope.option}=True) and lie on no grid. Leave it out there, or transform with "
+                    f"{scope.option}=False"
                 )
+
+
+def _refuse_stateful_hooks(module: nn.Module, name: str, option: str) -> None:
+    for hook in (hook for part in module.modules() for hook in _hooks(part)):
+        if hook._is_stateful:
+            raise TransformError(
+                f"{type(hook).__name__} keeps what it sees in {name}, whose tokens are merged ({option}=True) and are "
+                f"others in every step. Leave it out there, or transform with {option}=False"
+            )
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Those that diffusers keeps for a module."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return [] if registry is None else list(registry.hooks.values())

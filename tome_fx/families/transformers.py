@@ -190,7 +190,7 @@ class CheckTransformer:
         """
         first, *others = (Scope(name, tokens="hidden_states", option="merge_block") for name in self.attention)
         scopes = (replace(first, weights="attention_mask"), *others)
-        CheckMergedStack(self.blocks, scopes, self.weigh, hooks=True)(model)
+        CheckMergedStack(self.blocks, scopes, self.weigh)(model)
 
 
 def _names_in_diffusers(model: object) -> set[str]:

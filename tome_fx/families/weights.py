@@ -38,9 +38,14 @@ MIXING_PROCESSORS = (
 
 
 class Passing(type):
-    """The type of a class that passes for the one it is derived from where diffusers looks for that one."""
+    """The type of a class that passes for the one it is derived from where diffusers looks for that one.
 
-    __hash__ = type.__hash__
+    In its registers too, as that of layer skipping: they are dicts.
+    """
+
+    def __hash__(cls) -> int:
+        """That of the class it is derived from."""
+        return hash(cls.__base__)
 
     def __eq__(cls, other: object) -> bool:
         """Whether the other class is this one or the one it is derived from."""
