@@ -201,7 +201,10 @@ class Grid:
         return "" if self.merged else f"no whole token at ratio {self.ratio}"
 
     def match_flops(self, channels: int) -> int:
-        """Multiply-adds of all similarities, times two: of every source of a tile with every destination of it."""
+        """Multiply-adds of all similarities, times two: of every source of a tile with every destination of it.
+
+        Tiles are counted as the largest of them, and cells that are not whole as whole ones, for so they are compared.
+        """
         if not self.cells:
             return 0
         down, right = Side.of(self.height, self.sy, self.tile), Side.of(self.width, self.sx, self.tile)
