@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tome_fx.ops.matching import SlotMap
 
+ALIGNED = 8  # numbers that rows of a mask begin at a multiple of, for kernels of attention on a GPU
+
 
 def merge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
     """The mean of each slot's tokens.
@@ -88,5 +90,7 @@ def log_sizes(tokens: Tensor, slots: SlotMap | None, heads: int = 1) -> Tensor |
     sizes = F.pad(start[1:], (0, 1), value=batch * count) - start
     weights = sizes.to(torch.promote_types(tokens.dtype, torch.float32)).log().to(tokens.dtype)
     kept = slots.start.shape[1]
-    weights = F.pad(weights.view(batch, 1, 1, kept).expand(-1, heads, -1, -1).reshape(-1, 1, kept), (0, -kept % 8))
+    # Rows are padded also where they are aligned, for whether they are would be another graph where K is symbolic.
+    more = ALIGNED - kept % ALIGNED
+    weights = F.pad(weights.view(batch, 1, 1, kept).expand(-1, heads, -1, -1).reshape(-1, 1, kept), (0, more))
     return weights.as_strided((batch * heads, 1, kept), weights.stride())
