@@ -105,7 +105,7 @@ BAD: dict[str, st.SearchStrategy[Any]] = {
     "max_downsample": st.integers().filter(lambda n: n not in (1, 2, 4, 8)) | st.sampled_from(["1", 1.0, [1], True]),
     "use_rand": FLAGS,
     "dynamic_ratio": FLAGS,
-    "prop_attn": FLAGS,
+    "prop_attn": FLAGS.filter(lambda value: value is not None),
     **dict.fromkeys(SCOPES, FLAGS),
 }
 BAD_DRAWS = given(valid(), st.sampled_from(sorted(BAD)).flatmap(lambda name: st.tuples(st.just(name), BAD[name])))

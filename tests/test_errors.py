@@ -45,7 +45,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_downsample": 3}, ValueError, r"max_downsample must be None, 'finest' or one of \(1, 2, 4, 8\), got 3"),
     ({"max_downsample": 0}, ValueError, r"max_downsample must be None, 'finest' or one of \(1, 2, 4, 8\), got 0"),
     ({"max_downsample": "coarsest"}, TypeError, r"max_downsample must be an int, got 'coarsest' of type str"),
-    ({"tile": 1}, ValueError, r"tile must be None or at least 2 tokens, to hold a cell of 2 x 2; got 1"),
+    ({"tile": 1}, ValueError, r"tile must be None or at least 2 tokens, to hold a cell of sx x sy, 2 x 2; got 1"),
     ({"tile": 2.0}, TypeError, r"tile must be an int, got 2\.0 of type float"),
     ({"max_downsample": 2.0}, TypeError, r"max_downsample must be an int, got 2\.0 of type float"),
     ({"max_downsample": True}, TypeError, r"max_downsample must be an int, got True of type bool"),

@@ -28,7 +28,7 @@ INTEGER = "{} must be an int, got {} of type {}"
 NUMBER = "ratio must be a number, got {} of type {}"
 SEED = "seed must be between 0 and 2**32 - 1, got {}"
 LEVEL = "max_downsample must be None, 'finest' or one of (1, 2, 4, 8), got {}"
-TILE = "tile must be None or at least {} tokens, to hold a cell of {}; got {}"
+TILE = "tile must be None or at least {} tokens, to hold a cell of sx x sy, {}; got {}"
 PART = "{}={} does nothing with merge_block=True, which merges around the whole block; leave it out"
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -66,9 +66,10 @@ class Plan:
                 f"{self.sx} x {self.sy}; got {self.ratio}"
             )
         if self.tile is not None and integer("tile", self.tile) < max(self.sx, self.sy):
+            least = max(self.sx, self.sy)
             raise ValueError(
-                f"tile must be None or at least {max(self.sx, self.sy)} tokens, to hold a cell of {self.sx} x {self.sy}"
-                f"; got {self.tile}"
+                f"tile must be None or at least {least} tokens, to hold a cell of sx x sy, {self.sx} x {self.sy}; "
+                f"got {self.tile}"
             )
         asked = self.max_downsample
         if asked is not None and asked != FINEST and integer("max_downsample", asked) not in DOWNSAMPLES:

@@ -80,7 +80,8 @@ def _wrap_site(transformer: Any, block: Any, plan: Plan, seen: dict[str, Any], f
     def weighed(attention: Any) -> bool:
         known = type(attention.processor).__module__.startswith("diffusers.")
         mixes = "PAG" in type(attention.processor).__name__
-        return known and not mixes if plan.prop_attn is None else plan.prop_attn
+        own = known and not mixes and not block.only_cross_attention
+        return own if plan.prop_attn is None else plan.prop_attn
 
     known = TransformerBlockRegistry.get(type(block))  # where layer skipping looks up what a block returns
     _wrap(transformer, measure)
