@@ -49,7 +49,7 @@ def test_export_takes_the_model_and_gives_what_eager_gives(build: Callable[[], A
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_model_may_have_dynamic_sizes(strict: bool) -> None:
-    model = transform(one_block(), ratio=0.5, tile=None)  # a grid of one tile and one of several are two graphs
+    model = transform(one_block(), ratio=0.5)
     args, kwargs = exportable(model, 16, 20)
     free = torch.export.Dim.AUTO
     sizes = {"sample": {2: free, 3: free}, **dict.fromkeys(kwargs)}

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from tome_fx import ops, plan
 from tome_fx.ops import matching
+from tome_fx.ops.tiling import Tiles
 
 Grid = tuple[int, int, int, int]  # height, width, sx, sy
 GRIDS: list[Grid] = [(4, 4, 2, 2), (7, 9, 2, 2), (5, 3, 2, 2), (8, 8, 4, 4), (9, 6, 4, 4), (6, 7, 2, 3), (3, 8, 1, 2)]
@@ -82,6 +83,19 @@ def round_trip(
     slots = matched(tokens, grid, ratio, seed, tile)
     merged = ops.merge(tokens, slots)
     return slots.slot, merged, ops.unmerge(merged, slots)
+
+
+class Recorder(TorchDispatchMode):
+    """The names of the aten operations that run, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 # The reference: plain loops, in float64.
@@ -188,6 +202,20 @@ def test_tiles_of_every_remainder_are_what_plain_loops_give(tile: int, ratio: fl
         assert_matches_naive(random_tokens(height * width), (height, width, 2, 2), ratio, 7, tile)
 
 
+@pytest.mark.parametrize("tile", [None, 4, 5, 6])
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_each_token_has_a_place_in_its_tile_and_the_destinations_are_those_of_the_whole_grid(
+    grid: Grid, seed: int | None, tile: int | None
+) -> None:
+    tiles, members = Tiles.of(*grid, tile, seed, torch.device("cpu")), naive_tiles(grid, tile)
+    assert [sorted({*tokens} - {-1}) for tokens in tiles.token_of_place.tolist()] == members
+    for tokens, places, inside in zip(tiles.token_of_place, tiles.place_of_position, members, strict=True):
+        assert tokens[places[places >= 0]].tolist() == inside
+    first = tiles.token_of_place[:, : tiles.destinations].flatten().tolist()
+    assert sorted({*first} - {-1}) == sorted(naive_destinations(grid, seed))
+
+
 def test_a_tile_as_large_as_the_grid_is_the_whole_grid() -> None:
     tokens = random_tokens(8 * 10)
     whole, tile = (matched(tokens, (8, 10, 2, 2), 0.4, 3, tile) for tile in (None, 10))
@@ -207,15 +235,55 @@ def test_every_tile_merges_its_own_share_and_all_of_them_what_is_asked() -> None
                 assert abs(merged - ratio * len(members)) <= 1.01
 
 
-def test_a_search_in_parts_gives_the_bits_of_a_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = random_tokens(48 * 40, channels=64, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_search_in_parts_gives_the_bits_of_a_search_at_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = random_tokens(48 * 40, channels=64, dtype=dtype)
     at_once = matched(tokens, (48, 40, 2, 2), 0.5, 3)
-    monkeypatch.setattr(matching, "SCORES", 2**20)
-    for whole, parts in zip(at_once, matched(tokens, (48, 40, 2, 2), 0.5, 3), strict=True):
-        assert torch.equal(whole, parts)
+    for parts in (2, 3, 7):
+        monkeypatch.setattr(matching, "SCORES", math.ceil(3 * 24 * 20 / parts) * 24 * 20 * 4)
+        with Recorder() as recorder:
+            found = matched(tokens, (48, 40, 2, 2), 0.5, 3)
+        assert recorder.names.count("bmm") == parts
+        for a, b in zip(at_once, found, strict=True):
+            assert torch.equal(a, b)
 
 
-def largest(side: int, tile: int | None) -> int:
+@st.composite
+def similarities(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Numbers `[B, T, S]` among which there are equals, NaN and what a gap has, and places `[B, T, P]` of them."""
+    shape = draw(st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 12)))
+    values = torch.tensor([0.0, -0.0, 0.5, 0.25, -1.0, -math.inf, math.nan], dtype=draw(st.sampled_from(DTYPES)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    similar = values[torch.randint(len(values), shape, generator=generator)]
+    return similar, torch.randint(shape[2], (*shape[:2], 9), generator=generator)
+
+
+@settings(max_examples=80, deadline=None)
+@given(similarities())
+def test_counting_ranks_as_sorting_does(case: tuple[Tensor, Tensor]) -> None:
+    similar, source = case
+    counted = matching._counted(similar, source)
+    assert torch.equal(counted, matching._sorted(similar, source))
+    order = similar.argsort(dim=2, descending=True, stable=True)
+    assert torch.equal(order.gather(2, counted.long()), source)
+
+
+@pytest.mark.parametrize("tile", [None, 4, 8])
+def test_a_device_that_counts_matches_as_one_that_sorts(tile: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU sorts, and is made to count here."""
+    tokens = random_tokens(13 * 17)
+    expected = matched(tokens, (13, 17, 2, 2), 0.6, 1, tile)
+    monkeypatch.setattr(matching, "_sorted", matching._counted)
+    with Recorder() as recorder:
+        counted = matched(tokens, (13, 17, 2, 2), 0.6, 1, tile)
+    assert recorder.names.count("sort") == 1  # by slots
+    for a, b in zip(counted, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def largest(side: int, tile: int | None, device: str = "cpu") -> int:
     """Bytes of the largest tensor of a site that is matched, merged, weighed and unmerged, without its tokens."""
     sizes: list[int] = []
 
@@ -226,7 +294,7 @@ def largest(side: int, tile: int | None) -> int:
             return result
 
     with FakeTensorMode(), Sizes():  # type: ignore[no-untyped-call]
-        tokens = torch.empty(1, side * side, 8)
+        tokens = torch.empty(1, side * side, 8, device=device)
         slots = matched(tokens, (side, side, 2, 2), 0.5, 3, tile)
         ops.unmerge(ops.merge(tokens, slots), slots)
         ops.log_sizes(tokens, slots, 8)
@@ -234,8 +302,9 @@ def largest(side: int, tile: int | None) -> int:
 
 
 def test_the_largest_tensor_of_a_site_grows_with_its_tokens_and_of_the_whole_grid_stays_bounded() -> None:
-    per_token = [largest(side, 16) / side**2 for side in (32, 64, 128, 256)]
-    assert max(per_token) < 1.01 * min(per_token)
+    for device in ("cpu", "meta"):  # of which the second counts what the first sorts
+        per_token = [largest(side, 16, device) / side**2 for side in (32, 64, 128, 256)]
+        assert max(per_token) < 1.01 * min(per_token)
     assert largest(128, None) <= matching.SCORES
 
 
@@ -411,6 +480,26 @@ def test_float64_tokens_are_compared_in_float64() -> None:
     assert slot.tolist() == [[0, 1, 1, 1, 1, 1, 1, 1]]
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("ratio", [0.1, 0.6, 0.75])
+def test_weights_are_repeated_for_heads_and_lie_in_memory_as_kernels_of_attention_ask(ratio: float, heads: int) -> None:
+    tokens = random_tokens(63)
+    slots = matched(tokens, (7, 9, 2, 2), ratio)
+    weights, of_images = ops.log_sizes(tokens, slots, heads), ops.log_sizes(tokens, slots)
+    assert weights is not None
+    assert of_images is not None
+    assert torch.equal(weights, of_images.repeat_interleave(heads, dim=0))
+    assert weights.stride(2) == 1
+    assert weights.stride(0) % 8 == weights.stride(1) % 8 == 0
+
+
+def test_one_slot_of_all_tokens_weighs_as_many() -> None:
+    tokens = random_tokens(4, batch=1)
+    weights = ops.log_sizes(tokens, matched(tokens, (2, 2, 2, 2), 0.75))
+    assert weights is not None
+    assert weights.tolist() == [[[math.log(4)]]]
+
+
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_key_with_the_log_of_its_slots_size_is_attended_to_as_all_of_its_tokens_are(
@@ -440,26 +529,13 @@ def test_sizes_are_of_the_tokens_dtype_and_there_are_none_without_a_slot_map() -
 # What is run: one gather, gradients, no chance.
 
 
-class Recorder(TorchDispatchMode):
-    """The names of the aten operations that run, views left out."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
-            self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-def test_unmerge_is_one_gather() -> None:
+def test_unmerge_copies_rows_once() -> None:
     tokens = random_tokens(63)
     slots = matched(tokens, (7, 9, 2, 2), 0.5, 3)
     merged = ops.merge(tokens, slots)
     with Recorder() as recorder:
         ops.unmerge(merged, slots)
-    assert recorder.names == ["_to_copy", "gather"]  # which takes indices of 64 bits alone
+    assert recorder.names == ["arange", "mul", "add", "index_select"]
 
 
 def test_merge_and_unmerge_have_the_gradients_of_their_formulas() -> None:
@@ -520,7 +596,7 @@ class Sites(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         return (
             *round_trip(x, (7, 9, 2, 2), 0.4, 3),
-            ops.log_sizes(x, matched(x, (7, 9, 2, 2), 0.4, 3)),  # type: ignore[return-value]
+            ops.log_sizes(x, matched(x, (7, 9, 2, 2), 0.4, 3), 2),  # type: ignore[return-value]
             *round_trip(x, (7, 9, 2, 2), 0.4, None),
             *round_trip(y, (6, 8, 2, 3), 0.7, 2**32 - 1),
             *round_trip(x, (7, 9, 2, 2), 0.4, 3, 4),
@@ -544,6 +620,34 @@ def assert_same_results(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]
 def test_compiled_slot_maps_are_the_eager_ones(backend: str) -> None:
     compiled = torch.compile(Sites(), backend=backend, fullgraph=True)
     assert_same_results(compiled(*site_inputs()), Sites()(*site_inputs()))
+
+
+def site_of_any_size(image: Tensor, ratio: str | Tensor, tile: int | None) -> tuple[Tensor, ...]:
+    """What a graph makes of the tokens of an image, without numbers from outside of it."""
+    height, width = ops.grid_of(image)
+    tokens = image.flatten(2).mT
+    slots = ops.match(tokens, height, width, kept=ops.kept(height, width, ratio), sx=2, sy=2, seed=3, tile=tile)
+    return ops.unmerge(ops.merge(tokens, slots), slots), ops.log_sizes(tokens, slots, 2)  # type: ignore[return-value]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("tile", [None, 16])
+def test_one_graph_serves_all_sizes_those_of_one_tile_and_of_several(tile: int | None, counter: Any) -> None:
+    compiled = torch.compile(site_of_any_size, backend=counter, fullgraph=True, dynamic=True)
+    for height, width in ((16, 20), (7, 9), (33, 47)):
+        image = torch.randn(2, 6, height, width)
+        assert_same_results(compiled(image, "0.5", tile), site_of_any_size(image, "0.5", tile))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("tile", [None, 6])
+def test_one_graph_serves_all_ratios(tile: int | None, counter: Any) -> None:
+    compiled, image = torch.compile(site_of_any_size, backend=counter, fullgraph=True), torch.randn(2, 6, 16, 20)
+    for ratio in (0.5, 0.25, 0.75, 0.1, 0.0):
+        read = ops.as_read(ratio, dynamic=True)
+        assert_same_results(compiled(image, read, tile), site_of_any_size(image, read, tile))
+    assert counter.frame_count == 1
 
 
 def assert_static(graph: fx.Graph) -> None:

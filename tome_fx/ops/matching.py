@@ -25,6 +25,7 @@ from tome_fx import plan
 from tome_fx.ops.tiling import Tiles
 
 SCORES = 2**26  # bytes of float32 similarities that an image may have at a time where all are compared with all
+COUNTED = 512  # sources of a tile that are ranked by counting, at most
 LENGTH_AT_ZERO = 2  # of a dynamic ratio: see NOTE [A ratio as graphs read it]
 
 
@@ -133,54 +134,80 @@ def match(
     kept = 1 + (max(0, kept - 1) if isinstance(kept, int) else torch.sym_max(0, kept - 1))
 
     grid = Tiles.of(height, width, sx, sy, tile, seed, tokens.device)
-    best, nearest = _search(tokens.detach(), grid, in_parts=tile is None)
-
-    # Ranking rather than comparing with a threshold merges exactly N - K tokens, whatever ties or NaNs there are.
+    # See NOTE [How many merge in each tile] in tiling.py.
     first, following = (c - c * (count - kept) // count for c in (grid.before, grid.before + grid.tokens))
-    merged = grid.tokens - (following - first)  # of each tile; see NOTE [How many merge in each tile]
-    place = grid.place_of_position
-    source = (place - grid.destinations).clamp(min=0).expand(batch, -1, -1)
-    rank = _ranks(best, source)
-    joined = torch.where(rank < merged, grid.cell_of_place(nearest.gather(2, source)), grid.cells + rank - merged)
-    slot = torch.where(place < grid.destinations, grid.cell_of_place(place), joined).int()  # of the tile's own
+    best, nearest = _search(tokens.detach(), grid, in_parts=tile is None)
+    slot = first + _joined(best, nearest, grid, grid.tokens - (following - first))
+    fits = statically_known_true(kept < 2**15)  # a sort takes a pass for every few bits
+    slot = grid.filled(slot.to(torch.int16 if fits else torch.int32), grid.place_of_position, kept)
 
-    in_order, by_slot = grid.filled(slot, place, grid.places).sort(dim=2, stable=True)
+    in_order, position = slot.sort(dim=2, stable=True)
     image = torch.arange(batch, device=tokens.device)[:, None, None]
-    order = grid.one_after_another((grid.token_of_position(by_slot) + image * count).int())
-    in_order = grid.one_after_another((in_order + first + image * kept).int())
+    order = grid.by_tiles((grid.token_of_position(position) + image * count).int())
+    in_order = grid.by_tiles((in_order + image * kept).int())
     slots = torch.arange(batch * kept, dtype=torch.int32, device=tokens.device)
-    start = torch.searchsorted(in_order.flatten(), slots, out_int32=True).view(batch, kept)
-    return SlotMap(grid.row_by_row((slot + first).int()), order, start)
+    start = torch.searchsorted(in_order.flatten(), slots, out_int32=True)
+    return SlotMap(grid.by_rows(slot).int(), order, start.view(batch, kept))
 
 
 def _search(tokens: Tensor, grid: Tiles, *, in_parts: bool) -> tuple[Tensor, Tensor]:
-    """How similar each source is to the destination most similar to it, and the place of that one: both `[B, T, S]`."""
+    """How similar each source is to the destination most similar to it, -inf at a gap, and the place of that one.
+
+    Both are `[B, T, S]`, at the places after those for destinations.
+    """
     token, number = grid.token_of_place, grid.destinations
-    # What a compiler cannot tell is in bounds is checked on the device, and may be taken for negative.
+    # Inductor cannot tell that an index is in bounds without a clamp, and would check it on the device.
     unit = _unit(tokens.index_select(1, token.clamp(0, tokens.shape[1] - 1).flatten()))
     unit = unit.view(tokens.shape[0], *token.shape, -1)
-    destinations, sources = unit[:, :, :number].mT, unit[:, :, number:]
+    sources, destinations = unit[:, :, number:], unit[:, :, :number].mT
     parts = 1
-    if in_parts:
-        parts += sources.shape[2] * number * 4 // SCORES
-    is_cell = token[:, None, :number]
-    found = [grid.filled(part @ destinations, is_cell, -torch.inf).max(dim=-1) for part in sources.chunk(parts, dim=2)]
-    best, nearest = zip(*found, strict=True)
-    return grid.filled(torch.cat(best, dim=2), token[:, number:], -torch.inf), torch.cat(nearest, dim=2)
+    # Symbolic sizes are searched at once: the number of parts is one of operations, and of another graph for each.
+    while in_parts and statically_known_true(-(-sources.shape[2] // parts) * number * 4 > SCORES):
+        parts += 1
+    found = [
+        grid.filled(part @ destinations, token[:, None, :number], -torch.inf).max(dim=-1)
+        for part in sources.chunk(parts, dim=2)
+    ]
+    best, nearest = (torch.cat(of_parts, dim=2) for of_parts in zip(*found, strict=True))
+    return grid.filled(best, token[:, number:], -torch.inf), nearest
 
 
-def _ranks(similar: Tensor, source: Tensor) -> Tensor:
-    place = torch.arange(similar.shape[2], device=similar.device)
-    if similar.device.type == "cpu" or not statically_known_true(similar.shape[2] <= 512):
-        ranked = similar.argsort(dim=2, descending=True, stable=True)
-        rank = torch.empty(ranked.shape, dtype=torch.int32, device=ranked.device).scatter_(
-            2, ranked, place.int().expand_as(ranked)
-        )
-        return rank.gather(2, source)
-    key = similar.where(~similar.isnan(), torch.inf)
-    own, others = key.gather(2, source)[..., None], key[:, :, None]
-    before = (others > own) | ((others == own) & (place < source[..., None]))
-    return before.sum(dim=3)
+def _joined(best: Tensor, nearest: Tensor, grid: Tiles, merged: Tensor) -> Tensor:
+    """The slot of each token among those of its tile, `[B, T, P]` by position; any at a gap.
+
+    Ranking rather than comparing with a threshold merges exactly the asked number, whatever ties or NaNs there are.
+    """
+    place, number = grid.place_of_position, grid.destinations
+    source = (place - number).clamp(min=0).expand(*best.shape[:2], -1)
+    rank = _rank(best, source)
+    joined = torch.where(rank < merged, grid.cell_of_place(nearest.gather(2, source)), grid.cells + rank - merged)
+    return torch.where(place < number, grid.cell_of_place(place), joined)
+
+
+def _rank(similar: Tensor, source: Tensor) -> Tensor:
+    """How many of S sources come before these when the most similar come first: of `[B, T, S]` at `[B, T, P]`.
+
+    Of equals the first comes first, and NaN before all. Where few are counted, Inductor makes one kernel of that and of
+    all that is done with the rank. A CPU sorts them faster.
+    """
+    few = similar.device.type != "cpu" and statically_known_true(similar.shape[2] <= COUNTED)
+    return _counted(similar, source) if few else _sorted(similar, source)
+
+
+def _counted(similar: Tensor, source: Tensor) -> Tensor:
+    similar = torch.where(similar.isnan(), torch.inf, similar)
+    own, others = similar.gather(2, source)[..., None], similar[:, :, None]
+    place = torch.arange(similar.shape[2], dtype=torch.int32, device=similar.device)
+    before: Tensor = (others > own) | ((others == own) & (place < source[..., None]))
+    return before.sum(dim=3, dtype=torch.int32)
+
+
+def _sorted(similar: Tensor, source: Tensor) -> Tensor:
+    ranked = similar.argsort(dim=2, descending=True, stable=True)
+    place = torch.arange(similar.shape[2], dtype=torch.int32, device=similar.device)
+    # Inductor writes a scatter of int32 itself, and leaves one of int64 to ATen.
+    rank = torch.empty_like(ranked, dtype=torch.int32).scatter_(2, ranked, place.expand_as(ranked))
+    return rank.gather(2, source)
 
 
 def _as_number(size: int | Tensor) -> int:
@@ -191,6 +218,5 @@ def _as_number(size: int | Tensor) -> int:
 def _unit(tokens: Tensor) -> Tensor:
     """Tokens of length 1, or 0 where a token is zero. In float32, where a sum of squares of fp16 fits."""
     wide = torch.promote_types(tokens.dtype, torch.float32)
-    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=wide)
-    unit: Tensor = (tokens * length.clamp_min(1e-15).reciprocal()).to(tokens.dtype)
-    return unit
+    length: Tensor = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=wide)
+    return (tokens * length.clamp_min(1e-15).reciprocal()).to(tokens.dtype)

@@ -5,6 +5,14 @@ No float is ever added atomically. `merge` sums the tokens of a slot in their or
 whose every output is owned by one thread. The one scatter of a match writes each index once. Two runs agree bit for
 bit. The price is that Inductor leaves the sorts, the search and the bag sum to ATen: a scatter_add would be one kernel,
 but its atomics add in any order on a GPU, and on a CPU it is no faster.
+
+NOTE [A mask in memory]
+diffusers repeats a mask `[B, 1, K]` for every head, and its attention expands it to `[B, heads, K, K]`. That costs
+nothing where the mask is a view of memory, each row of which begins at a multiple of 8 numbers, as the kernels of a GPU
+ask. Else Inductor writes out what was expanded, 134 MB at 64 x 64 tokens and 8 heads in fp16. So the weights are
+repeated here, to `[B * heads, 1, K]`, which diffusers takes as it is, and their rows are padded and written down: see
+NOTE [Written down once] in tiling.py. They are padded also where they are aligned, for whether they are would be
+another graph where K is symbolic.
 """
 
 import torch
@@ -12,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tome_fx.ops.matching import SlotMap
+from tome_fx.ops.tiling import once
 
-ALIGNED = 8  # numbers that rows of a mask begin at a multiple of, for kernels of attention on a GPU
+ALIGNED = 8  # rows of a mask begin at a multiple of so many numbers: see NOTE [A mask in memory]
 
 
 def merge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
@@ -37,7 +46,7 @@ def merge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
 
 
 def unmerge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
-    """Give every token of the grid a copy of its slot: one gather.
+    """Give every token of the grid a copy of its slot.
 
     Args:
         tokens: Merged tokens, `[B, K, C]`.
@@ -48,7 +57,9 @@ def unmerge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
     """
     if slots is None:
         return tokens
-    return tokens.gather(1, slots.slot.long()[..., None].expand(-1, -1, tokens.shape[-1]))
+    batch, kept, channels = tokens.shape
+    row = slots.slot + kept * torch.arange(batch, dtype=torch.int32, device=tokens.device)[:, None]
+    return tokens.flatten(0, 1).index_select(0, row.flatten()).view(batch, -1, channels)
 
 
 def changed(tokens: Tensor, merged: Tensor, result: Tensor, slots: SlotMap | None) -> Tensor:
@@ -77,20 +88,19 @@ def log_sizes(tokens: Tensor, slots: SlotMap | None, heads: int = 1) -> Tensor |
     Args:
         tokens: `[B, N, C]`, for their dtype.
         slots: From `match`.
+        heads: Heads of the attention that takes them as a mask: see NOTE [A mask in memory].
 
     Returns:
-        `[B, 1, K]`, the same for every query, or None where `slots` is None.
+        `[B * heads, 1, K]`, the same for every query and head, or None where `slots` is None.
 
     Source: Bolya et al., "Token Merging: Your ViT But Faster" (2023), equation 1.
     """
     if slots is None:
         return None
-    batch, count = slots.slot.shape
+    batch, kept = slots.start.shape
     start = slots.start.flatten()
-    sizes = F.pad(start[1:], (0, 1), value=batch * count) - start
+    # The last slot ends where the first begins, past the end. A pad with that number would be a graph for it alone.
+    sizes = (start.roll(-1) - start - 1) % slots.slot.numel() + 1
     weights = sizes.to(torch.promote_types(tokens.dtype, torch.float32)).log().to(tokens.dtype)
-    kept = slots.start.shape[1]
-    # Rows are padded also where they are aligned, for whether they are would be another graph where K is symbolic.
-    more = ALIGNED - kept % ALIGNED
-    weights = F.pad(weights.view(batch, 1, 1, kept).expand(-1, heads, -1, -1).reshape(-1, 1, kept), (0, more))
-    return weights.as_strided((batch * heads, 1, kept), weights.stride())
+    weights = weights.view(batch, 1, 1, kept).expand(-1, heads, -1, -1).flatten(0, 1)
+    return once(F.pad(weights, (0, ALIGNED - kept % ALIGNED)))[..., :kept]

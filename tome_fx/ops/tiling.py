@@ -17,8 +17,16 @@ N - K tokens are merged in all. Of these the first tiles, of c tokens, have thei
 for any number of tiles. So each tile merges its own share to within one token, and all of them exactly N - K.
 
 NOTE [What is alike is a number]
-What all tiles have in common is a number, and a tensor of one for each tile only where they differ, in size or because
-sizes are symbolic. A compiler folds the numbers into its kernels, and tensors cost it kernels of their own.
+What all tiles have in common is a number, and a tensor of one for each tile only where they differ, or may because
+sizes are symbolic. A compiler folds numbers into its kernels, and may need kernels of their own for tensors.
+
+A symbolic number of tiles is one more than there are, of which the last repeats the one before and is read by nobody.
+For torch makes a graph of its own for a size of 1, and so one graph serves one tile and several.
+
+NOTE [Written down once]
+What is cheap to compute, Inductor computes again wherever it is read. That is no gain where the expression is long: it
+doubles with each of its values that is read twice, as those of a hash are, and has to be compiled. A view of memory by
+its strides needs memory, so that a tensor seen by its own strides is the same, but computed and written down once.
 """
 
 from typing import NamedTuple
@@ -31,18 +39,20 @@ from tome_fx.plan import Side, scramble
 
 
 class Tiles(NamedTuple):
-    """How a grid of N tokens is cut into T tiles of P tokens in D cells, gaps included; see NOTE [Tiles].
+    """How a grid of N tokens is cut into T tiles of P places in D cells, gaps included; see NOTE [Tiles].
 
-    Numbers of tokens, each a tensor `[T, 1]` or an int: see NOTE [What is alike is a number].
+    What is said of each tile is `[T, 1]`, or an int: see NOTE [What is alike is a number].
 
     Args:
         down: How the height of the grid is cut.
         right: How its width is.
+        rows: `[down.tiles + 1]`, the first row of each tile, and the height.
+        columns: `[right.tiles + 1]`, the first column of each tile, and the width.
         top: Row of a tile's first token.
-        left: Column of it.
+        left: Column of a tile's first token.
         tall: Rows of a tile.
         wide: Columns of a tile.
-        first: int64 `[T, D]`, which token of a cell comes first in its rounds; the last is followed by the token 0.
+        first: `[T, D]`, which of its tokens begins a cell's rounds, numbered by rows; the others follow in turn.
     """
 
     down: Side
@@ -53,14 +63,13 @@ class Tiles(NamedTuple):
     left: Tensor
     tall: Tensor | int
     wide: Tensor | int
-
     first: Tensor
 
     @classmethod
     def of(
         cls, height: int, width: int, sx: int, sy: int, tile: int | None, seed: int | None, device: torch.device
     ) -> "Tiles":
-        """Cut a grid with at least one whole cell into tiles.
+        """Cut a grid with at least one whole cell into tiles: a pure function of the grid and the seed.
 
         Args:
             height: Rows of the token grid.
@@ -72,12 +81,13 @@ class Tiles(NamedTuple):
             device: Of all tensors.
         """
         down, right = Side.of(height, sy, tile), Side.of(width, sx, tile)
-        number = torch.arange(down.tiles * right.tiles, device=device)[:, None]
         rows, columns = _edges(down, device), _edges(right, device)
+        number = _tile_numbers(down.tiles * right.tiles, device)[:, None]
         top, tall = _cut(down, rows, number // right.tiles)
         left, wide = _cut(right, columns, number % right.tiles)
+
         row, column = _numbers(down.most, right.most, device=device)
-        cell = (top // sy + row) * (width // sx) + left // sx + column
+        cell = (top // sy + row) * (width // sx) + left // sx + column  # of the grid, for a choice whatever the tiles
         first = torch.zeros_like(cell) if seed is None else scramble(cell + seed) % (sx * sy)
         if not (_alike(down) and _alike(right)):
             first = torch.where((row < tall // sy) & (column < wide // sx), first, sx * sy - 1)
@@ -85,7 +95,7 @@ class Tiles(NamedTuple):
 
     @property
     def alike(self) -> bool:
-        """Whether all tiles are known to be without gaps."""
+        """Whether all tiles are known to be of one size, and without gaps."""
         return _alike(self.down) and _alike(self.right)
 
     @property
@@ -128,25 +138,25 @@ class Tiles(NamedTuple):
         sy, sx = self.down.stride, self.right.stride
         row, y, column, x = _numbers(self.down.most, sy, self.right.most, sx, device=self.first.device)
         cell = row * self.right.most + column
-        turn = (y * sx + x - self.first[:, cell]) % (sy * sx)
+        turn = (y * sx + x - self.first.index_select(1, cell)) % (sy * sx)
         return self._with_gaps(turn * self.destinations + cell, row * sy + y, column * sx + x)
 
     def token_of_position(self, position: Tensor) -> Tensor:
-        """The token of the grid at these positions of each tile, `[..., T, P]`."""
+        """The token of the grid at these positions of each tile, `[B, T, P]`."""
         return (self.top + position // self.right.longest) * self.right.size + self.left + position % self.right.longest
 
     def cell_of_place(self, place: Tensor) -> Tensor:
-        """The number of the cell among the whole ones of its tile, of these places of destinations, `[..., T, P]`."""
+        """The number of a cell among the whole ones of its tile, at these places for destinations, `[..., T, P]`."""
         if _alike(self.right):
             return place
         return place // self.right.most * (self.wide // self.right.stride) + place % self.right.most
 
     def filled(self, values: Tensor, index: Tensor, filling: float) -> Tensor:
-        """The values, and the filling at the gaps of an index."""
+        """The values, and the filling where an index is that of a gap."""
         return values if self.alike else values.where(index >= 0, filling)
 
-    def one_after_another(self, values: Tensor) -> Tensor:
-        """Values `[B, T, P]` of the tokens of each tile, those of gaps last, as `[B, N]` without gaps."""
+    def by_tiles(self, values: Tensor) -> Tensor:
+        """Values `[B, T, P]` of the tokens of each tile, then of its gaps, as `[B, N]` of one tile after another."""
         if self.alike:
             return values.flatten(1)
         token = torch.arange(self.down.size * self.right.size, device=values.device)
@@ -157,8 +167,8 @@ class Tiles(NamedTuple):
         left, _ = _cut(self.right, self.columns, column)
         return self._taken(values, row, column, inside - left * tall)
 
-    def row_by_row(self, values: Tensor) -> Tensor:
-        """Values `[B, T, P]` of the positions of each tile, as `[B, N]` in the order of the grid."""
+    def by_rows(self, values: Tensor) -> Tensor:
+        """Values `[B, T, P]` at the positions of each tile, as `[B, N]` in the order of the grid."""
         if self.alike:
             tiles = values.view(-1, self.down.tiles, self.right.tiles, self.down.longest, self.right.longest)
             return tiles.transpose(2, 3).flatten(1)
@@ -169,18 +179,28 @@ class Tiles(NamedTuple):
         return self._taken(values, row, column, (y - top) * self.right.longest + x - left)
 
     def _with_gaps(self, index: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        """An index `[T, P]` or `[P]`, as `[T, P]` and negative where a tile has no such row or column."""
-        if not self.alike:
-            index = index.where((y < self.tall) & (x < self.wide), -1)
-        return index.expand(self.top.shape[0], -1)
+        """An index `[T, P]`, negative where a tile has no such row or column."""
+        return index if self.alike else index.where((y < self.tall) & (x < self.wide), -1)
 
-    def _taken(self, values: Tensor, row: Tensor, column: Tensor, place: Tensor) -> Tensor:
-        index = (row * self.right.tiles + column) * self.places + place
-        return values.flatten(1)[:, index]
+    def _taken(self, values: Tensor, row: Tensor, column: Tensor, inside: Tensor) -> Tensor:
+        """Of `[B, T, P]` those at N places inside of the tiles in these rows and columns of tiles, `[B, N]`."""
+        return values.flatten(1).index_select(1, (row * self.right.tiles + column) * self.places + inside)
+
+
+def once(values: Tensor) -> Tensor:
+    """The same values: see NOTE [Written down once]."""
+    return values.as_strided(values.shape, values.stride())
+
+
+def _tile_numbers(tiles: int, device: torch.device) -> Tensor:
+    """The number of each tile, and of one more where there may be one: see NOTE [What is alike is a number]."""
+    if statically_known_true(tiles == 1) or statically_known_true(tiles > 1):
+        return torch.arange(tiles, device=device)
+    return torch.arange(tiles + 1, device=device).clamp(max=tiles - 1)
 
 
 def _numbers(*sizes: int, device: torch.device) -> list[Tensor]:
-    """The numbers below each size, in all combinations, the first changing last: each `[product of the sizes]`."""
+    """The numbers below each size in all combinations, the last changing fastest: `[product of the sizes]` each."""
     numbers = torch.meshgrid([torch.arange(size, device=device) for size in sizes], indexing="ij")
     return [number.flatten() for number in numbers]
 
@@ -195,8 +215,8 @@ def _edges(side: Side, device: torch.device) -> Tensor:
     tile = torch.arange(side.tiles + 1, device=device)
     if _alike(side):
         return tile * side.longest
-    edges = (tile * side.each + tile.clamp(max=side.more)) * side.stride
-    return once(edges + tile // side.tiles * (side.size % side.stride))
+    cells = tile * side.each + tile.clamp(max=side.more)
+    return once(cells * side.stride + tile // side.tiles * (side.size % side.stride))
 
 
 def _cut(side: Side, edges: Tensor, tile: Tensor) -> tuple[Tensor, Tensor | int]:
@@ -205,11 +225,6 @@ def _cut(side: Side, edges: Tensor, tile: Tensor) -> tuple[Tensor, Tensor | int]
         return tile * side.longest, side.longest
     start = edges[tile]
     return start, edges[tile + 1] - start
-
-
-def once(values: Tensor) -> Tensor:
-    """The same values, which a compiler computes once and not wherever they are read."""
-    return values.as_strided(values.shape, values.stride())
 
 
 def _tile(side: Side, token: Tensor) -> Tensor:
