@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import cold, demo, documents, quality_tables, tables
+from bench import bounds, code, cold, demo, documents, quality_tables, tables
 from bench.cells import Cell
 from bench.flops import LATENTS
 
@@ -92,7 +92,28 @@ def _latency(document: dict[str, Any]) -> list[str]:
     return parts
 
 
-SECTIONS = {"demo": _demo, "cold": _cold, "quality": _quality, "support": _support, "latency": _latency}
+def _bounds(document: dict[str, Any]) -> list[str]:
+    return [f"{document['note']} {machine(document['machine'])}.", bounds.table(document)]
+
+
+def _code(document: dict[str, Any]) -> list[str]:
+    cards = ", ".join(f"{card} is {name}" for card, name in document["cards"].items())
+    setting = (
+        f"{document['model']}, {document['resolution']} px, UNet batch {document['batch']}, "
+        f"ratio {document['ratio']:g}, fp16; {cards}. {machine(document['machine'])}."
+    )
+    return [document["note"], setting, code.table(document)]
+
+
+SECTIONS = {
+    "bounds": _bounds,
+    "code": _code,
+    "demo": _demo,
+    "cold": _cold,
+    "quality": _quality,
+    "support": _support,
+    "latency": _latency,
+}
 
 
 VERDICTS = {"works": "yes", "works with a condition": "yes, if", "refused": "no"}
