@@ -7,7 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import cold, demo, documents, quality_tables, tables
+from bench import cold, demo, documents, gpu, quality_tables, tables, weights
 from bench.cells import Cell
 from bench.flops import LATENTS
 
@@ -82,7 +82,27 @@ def _latency(document: dict[str, Any]) -> list[str]:
     return parts
 
 
-SECTIONS = {"demo": _demo, "cold": _cold, "quality": _quality, "support": _support, "latency": _latency}
+def _weights(document: dict[str, Any]) -> list[str]:
+    first = document["cells"][0]
+    cell = weights.Cell(**first["cell"])
+    setting = f"Batch {cell.batch}, {weights.HEADS} heads, {cell.dtype} on {cell.device}. {machine(first['machine'])}."
+    return [document["note"], setting, weights.table(document)]
+
+
+def _tests(document: dict[str, Any]) -> list[str]:
+    return [f"{machine(document['machine'])}.", gpu.told(document)]
+
+
+SECTIONS = {
+    "demo": _demo,
+    "cold": _cold,
+    "quality": _quality,
+    "support": _support,
+    "latency": _latency,
+    "weights": _weights,
+    "tests": _tests,
+}
+COMPUTED = {"attention-kernels": weights.chosen}  # of no file; written where a page has the markers
 
 
 def support(features: dict[str, Any]) -> str:
@@ -122,6 +142,9 @@ def main(arguments: argparse.Namespace) -> None:
     text = README.read_text()
     for name, document in results.items():
         text = fill(text, name, section(name, document))
+    for name, compute in COMPUTED.items():
+        if f"<!-- bench:{name} -->" in text:
+            text = fill(text, name, compute())
     if arguments.check:
         if text != README.read_text():
             raise SystemExit("README.md is out of date: run `python -m bench report`")
