@@ -40,8 +40,8 @@ def run(tasks: Sequence[Task], path: Path, *, breakdown: bool = False) -> Any:
         cell, key, done = task.cell, task.cell.stored(), _measured(document, task)
         unet = build(cell.model, cell.device, models.DTYPES[cell.dtype])
         entry = done or {"cell": key, "complete": False, **documents.origin(cell.device)}
+        kept = _kept(path, entry)
         if not done:
-            kept = _kept(path, entry)
             entry |= {"bounds": _bounds(unet, task), "rows": {}}
             document["cells"] = [other for other in document["cells"] if other["cell"] != key] + [entry]
             measure.compare(
@@ -55,10 +55,10 @@ def run(tasks: Sequence[Task], path: Path, *, breakdown: bool = False) -> Any:
             )
             entry["complete"] = True
             documents.write(path, document)
-            shutil.rmtree(kept.parent, ignore_errors=True)
         if breakdown:
-            entry["breakdown"] = measure.as_json(_breakdown(unet, cell, task.rounds))
+            entry["breakdown"] = measure.as_json(_breakdown(unet, cell, task.rounds, kept))
             documents.write(path, document)
+        shutil.rmtree(kept.parent, ignore_errors=True)
         print(f"\n{cell}\n{table(entry)}\n", flush=True)
     return document
 
@@ -116,7 +116,7 @@ def image(call: Callable[..., Any], unet: UNet2DConditionModel, cell: Cell, *, s
     return lambda: decode(pipe, denoise(pipe, call, seeds=range(cell.batch), steps=steps, **inputs))
 
 
-def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int) -> dict[str, measure.Row]:
+def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int, kept: Path) -> dict[str, measure.Row]:
     """The parts of one site of the finest level, each compiled alone, by what is searched: where a site's time goes."""
     site = finest_sites(unet)[0]
     side = cell.resolution // models.LATENT // site.downsample
@@ -158,6 +158,7 @@ def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int) -> dict[str,
         rounds=max(rounds, 10),
         device=cell.device,
         title=f"parts of {cell}",
+        kept=kept,
     )
 
 
