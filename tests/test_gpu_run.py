@@ -27,12 +27,14 @@ def writing(path: Path) -> gpu.Step:
     return gpu.Step(path.name, ("-c", f"open({str(path)!r}, 'x')"), lambda: not path.exists())
 
 
-def test_a_step_that_fails_stops_no_other_and_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+def test_a_step_that_fails_stops_no_other_and_what_is_done_is_not_done_again(tmp_path: Path, capsys: Any) -> None:
     one, other = (writing(tmp_path / name) for name in ("one", "other"))
     broken = gpu.Step("broken", ("-c", "raise SystemExit(3)"), lambda: True)
     assert gpu.run([one, broken, other]) == ["broken: ended with 3"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "other"]
-    assert gpu.run([one, other]) == []  # each would fail, for its file is there
+    assert capsys.readouterr().out.count("===") == 3
+    assert gpu.run([one, other]) == []
+    assert not capsys.readouterr().out
 
 
 def test_a_run_ends_in_time_and_says_what_is_left(tmp_path: Path) -> None:
