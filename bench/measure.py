@@ -9,6 +9,7 @@ starts anew.
 
 import gc
 import os
+import re
 import shutil
 import sys
 import time
@@ -141,7 +142,7 @@ def compare(
         for name, make in runs.items():
             bar.set_postfix_str(f"warming up {name}")
             try:
-                call, output = _warm_up(make, rows[name], timer, kept and kept / name)
+                call, output = _warm_up(make, rows[name], timer, kept and kept / _folder(name))
                 if exact is not None:
                     reference = _check(output, rows[name], reference, exact[name])
                 calls[name] = call
@@ -180,6 +181,11 @@ def _warm_up(make: Callable[[], Call], row: Row, timer: Timer, kept: Path | None
             cold.write_text(repr(row.first_s))
         row.first_s = float(cold.read_text())
     return call, output
+
+
+def _folder(name: str) -> str:
+    """A row's folder: Inductor calls compilers by a line that spaces cut."""
+    return re.sub(r"\W+", "-", name)
 
 
 @contextmanager

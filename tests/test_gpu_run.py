@@ -131,13 +131,13 @@ def test_what_was_compiled_for_a_cell_that_was_stopped_is_there_when_it_goes_on(
     log: list[str] = []
     common: dict[str, Any] = {"exact": None, "rounds": 0, "device": "cpu", "title": "", "kept": tmp_path}
     with pytest.raises(KeyboardInterrupt):
-        measure.compare({"a": compiling(log), "b": compiling(log, interrupted=True)}, **common)
+        measure.compare({"a, or": compiling(log), "b": compiling(log, interrupted=True)}, **common)
     assert log == ["", "code", ""]  # two calls of the first row, one of the second
     log.clear()
-    cold = (tmp_path / "a" / measure.COLD).read_text()
-    rows = measure.compare({name: compiling(log) for name in "ab"}, **common)
+    cold = (tmp_path / "a-or" / measure.COLD).read_text()
+    rows = measure.compare({name: compiling(log) for name in ("a, or", "b")}, **common)
     assert log[:4] == ["code,cold", "code,cold", "", "code"]  # what was stopped in the middle starts anew
-    assert rows["a"].first_s == float(cold)
+    assert rows["a, or"].first_s == float(cold)
 
 
 @pytest.mark.usefixtures("uncompiled")
