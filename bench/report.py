@@ -118,6 +118,15 @@ def _tests(document: dict[str, Any]) -> list[str]:
     return [f"{machine(document['machine'])}.", gpu.told(document)]
 
 
+def _prototypes(document: dict[str, Any]) -> list[str]:
+    told = {name: f"{row['psnr']:.1f}" for name, row in document["rows"].items()}
+    told |= {
+        name: f"{told[name]} ± {row['interval']:.1f}" for name, row in document["rows"].items() if "interval" in row
+    }
+    heads = ["", "PSNR, dB"]
+    return [document["note"], tabulate(list(told.items()), heads, tablefmt="github", disable_numparse=True)]
+
+
 SECTIONS = {
     "bounds": _bounds,
     "code": _code,
@@ -126,6 +135,7 @@ SECTIONS = {
     "quality": _quality,
     "support": _support,
     "latency": _latency,
+    "prototypes": _prototypes,
     "weights": _weights,
     "tests": _tests,
 }
