@@ -430,7 +430,7 @@ def test_committed_results_have_the_schema(path: Path) -> None:
         assert {"cpu", "cores", "gpu", "torch", "diffusers", "tomesd", "python", "commit"} <= entry["machine"].keys()
     filled_by = document["rows"] if document["kind"] == "quality" else document.get("cells", [document])
     assert all(entry["argv"] for entry in filled_by)
-    if document["kind"] in ("quality", "support", "tests"):
+    if document["kind"] in ("quality", "support", "tests", "bounds"):
         return  # their rows are held in test_quality and by the report itself
     if document["kind"] == "cold":
         for modes in document["models"].values():
