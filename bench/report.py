@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import bounds, code, cold, demo, documents, gpu, quality_tables, tables, weights
+from bench import attention, bounds, code, cold, demo, documents, gpu, quality_tables, tables, weights
 from bench.cells import Cell
 from bench.flops import LATENTS
 
@@ -108,7 +108,9 @@ def _code(document: dict[str, Any]) -> list[str]:
 def _weights(document: dict[str, Any]) -> list[str]:
     first = document["cells"][0]
     cell = weights.Cell(**first["cell"])
-    setting = f"Batch {cell.batch}, {weights.HEADS} heads, {cell.dtype} on {cell.device}. {machine(first['machine'])}."
+    setting = (
+        f"Batch {cell.batch}, {attention.HEADS} heads, {cell.dtype} on {cell.device}. {machine(first['machine'])}."
+    )
     return [document["note"], setting, weights.table(document)]
 
 
@@ -137,7 +139,7 @@ SECTIONS = {
     "weights": _weights,
     "tests": _tests,
 }
-COMPUTED = {"attention-kernels": weights.chosen}  # of no file; written where a page has the markers
+COMPUTED = {"attention-kernels": attention.chosen}  # of no file
 
 
 VERDICTS = {"works": "yes", "works with a condition": "yes, if", "refused": "no"}
@@ -192,8 +194,7 @@ def main(arguments: argparse.Namespace) -> None:
         after = fill(after, name, section(name, document))
     after = fill(after, "points", "\n\n".join(_points(results["quality"])))
     for name, compute in COMPUTED.items():
-        if any(f"<!-- bench:{name} -->" in text for text in after.values()):
-            after = fill(after, name, compute())
+        after = fill(after, name, compute())
     stale = [path.relative_to(ROOT) for path, text in after.items() if text != before[path]]
     if arguments.check:
         if stale:
