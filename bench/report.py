@@ -21,7 +21,8 @@ def machine(m: dict[str, Any]) -> str:
     """The line above every table: what it was measured on and with."""
     where = m["gpu"] or f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB"
     versions = ", ".join(f"{name} {m[name]}" for name in ("torch", "diffusers", "tomesd"))
-    return f"{where}; Python {m['python']}, {versions}; commit {m['commit']}"
+    commit = f"; commit {m['commit']}" if m["commit"] else ""
+    return f"{where}; Python {m['python']}, {versions}{commit}"
 
 
 def section(name: str, document: dict[str, Any]) -> str:
@@ -124,7 +125,8 @@ def _prototypes(document: dict[str, Any]) -> list[str]:
         name: f"{told[name]} ± {row['interval']:.1f}" for name, row in document["rows"].items() if "interval" in row
     }
     heads = ["", "PSNR, dB"]
-    return [document["note"], tabulate(list(told.items()), heads, tablefmt="github", disable_numparse=True)]
+    table = tabulate(list(told.items()), heads, tablefmt="github", disable_numparse=True)
+    return [f"{document['note']} {machine(document['machine'])}.", table]
 
 
 SECTIONS = {

@@ -429,7 +429,7 @@ def test_committed_results_have_the_schema(path: Path) -> None:
     for entry in document.get("cells", [document]):
         assert {"cpu", "cores", "gpu", "torch", "diffusers", "tomesd", "python", "commit"} <= entry["machine"].keys()
     filled_by = document["rows"] if document["kind"] == "quality" else document.get("cells", [document])
-    assert all(entry["argv"] for entry in filled_by)
+    assert document["kind"] == "prototypes" or all(entry["argv"] for entry in filled_by)  # which no command measures
     if document["kind"] == "cold":
         for modes in document["models"].values():
             for ways in modes.values():
