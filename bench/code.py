@@ -128,12 +128,14 @@ def run(
 
 
 def table(document: dict[str, Any]) -> str:
-    """Each form beside stock's."""
+    """Each form beside stock's, where it changes anything."""
     lines = []
     for level in document["levels"]:
         (_, channels, height, width), rows = level["image"], level["rows"]
         for form, row in rows.items():
             stock = rows[STOCK]
+            if row is not stock and row == stock:
+                continue
             added = Counter(row["gemm"]) + Counter(row["aten"])
             added.subtract(stock["gemm"] | stock["aten"])
             gained = stock["estimated_us"]["model"] - row["estimated_us"]["model"]
