@@ -54,6 +54,30 @@ def with_lora(model: Any) -> Any:
     return result
 
 
+def load_ip_adapter(model: Any) -> None:
+    """Put an image prompt of random weights into a Flux, as a pipeline does."""
+    random = torch.Generator().manual_seed(0)
+
+    def linear(rows: int, columns: int, name: str) -> dict[str, Tensor]:
+        shapes = {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+        return {key: torch.randn(shape, generator=random) for key, shape in shapes.items()}
+
+    projection = {**linear(4 * 12, 10, "proj"), "norm.weight": torch.ones(12), "norm.bias": torch.zeros(12)}
+    attention = {
+        name: value
+        for number in range(model.config.num_layers)
+        for part in ("to_k_ip", "to_v_ip")
+        for name, value in linear(32, 12, f"{number}.{part}").items()
+    }
+    weights = [{"image_proj": projection, "ip_adapter": attention}]
+    model._load_ip_adapter_weights(weights, low_cpu_mem_usage=False)
+
+
+def with_image_prompt(arguments: dict[str, Any]) -> dict[str, Any]:
+    image = torch.randn(2, 1, 10, generator=torch.Generator().manual_seed(1))
+    return {**arguments, "joint_attention_kwargs": {"ip_adapter_image_embeds": [image]}}
+
+
 def residuals(model: Any, count: int) -> list[Tensor]:
     """What a ControlNet of so many blocks gives a model."""
     config = model.config
@@ -179,6 +203,23 @@ def test_layers_of_sd3_can_be_skipped(skipped: list[int]) -> None:
         assert relative_error(output(transformed(sd3()), arguments), output(patched(sd3()), arguments)) < 1e-6
 
 
+def test_an_image_prompt_of_flux_is_for_merged_tokens_too() -> None:
+    model = copy.deepcopy(flux())
+    load_ip_adapter(model)
+    arguments, stock = with_image_prompt(inputs(model)), output(model, with_image_prompt(inputs(model)))
+    assert relative_error(output(flux(), inputs(model)), stock) > 1e-3
+    assert torch.equal(output(transformed(model, 0), with_image_prompt(inputs(model))), stock)
+    expected = output(patched(model), with_image_prompt(inputs(model)))
+    assert relative_error(output(transformed(model), arguments), expected) < 1e-6
+
+
+def test_an_image_prompt_of_flux_that_comes_after_the_transform_is_an_error_in_words() -> None:
+    result = transformed(flux())
+    load_ip_adapter(result)
+    with pytest.raises(TransformError, match=r"had no encoder_hid_proj when it was transformed: load .* first"):
+        output(result, with_image_prompt(inputs(flux())))
+
+
 def test_a_second_picture_of_flux_is_merged_within_itself() -> None:
     one = inputs(flux())
     second = one["img_ids"] + torch.tensor([1.0, 0, 0])
@@ -226,6 +267,25 @@ def test_a_model_compiles_as_one_graph_for_each_ratio_and_never_again(
         tome_fx.set_ratio(result, ratio)
         assert relative_error(output(compiled, arguments), expected[ratio]) < 1e-6
     assert_no_break_and(counter, compiles=2)
+
+
+@some
+def test_sizes_compile_no_more_often_than_in_the_original_and_never_on_return(
+    name: str, fresh_dynamo: None, counter: Any
+) -> None:
+    model, counts = MODELS[name](), []
+    for one in (copy.deepcopy(model), transformed(model)):
+        torch._dynamo.reset()
+        counter.frame_count = 0
+        compiled, seen = whole(one, counter), []
+        for height, width in ((SIDE, SIDE), (SIDE, 2 * SIDE), (SIDE, SIDE), (SIDE, 2 * SIDE)):
+            arguments = inputs(model, height, width)
+            assert relative_error(output(compiled, arguments), output(one, arguments)) < 1e-6
+            seen.append(counter.frame_count)
+        counts.append(seen)
+    stock, merged = counts
+    assert merged == stock
+    assert stock[1:] == [stock[1]] * 3
 
 
 @some
@@ -324,6 +384,12 @@ def test_caches_that_keep_tokens_are_refused_where_there_are_merged_ones() -> No
     result.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(TransformError, match=r"keeps what it sees in transformer_blocks.0, whose tokens are merged"):
         output(result, inputs(flux()))
+
+
+def test_a_qwen_that_modulates_by_picture_is_refused_with_the_reason() -> None:
+    model = type(qwen()).from_config(qwen().config, zero_cond_t=True)
+    with pytest.raises(TransformError, match=r"zero_cond_t=True cannot have merged tokens: its forward goes through"):
+        transformed(model)
 
 
 def test_models_that_are_not_known_are_refused_with_those_that_are() -> None:

@@ -261,6 +261,10 @@ def _of_image(name: str, value: Any, image: int, places: Tensor, tokens: Tensor)
             rows = torch.cat([torch.arange(text), places + text])
             return first[rows], second[rows]
         return first[places], second
+    if isinstance(value, dict):
+        return {key: _of_image(key, item, image, places, tokens) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_of_image(name, item, image, places, tokens) for item in value]
     if isinstance(value, Tensor) and len(value) == len(tokens):
         return value[image : image + 1]
     return value

@@ -210,6 +210,10 @@ def _blocks(model: nn.Module, facts: Facts) -> Iterator[str]:
 
 def _refuse_options(model: nn.Module, facts: Facts, plan: Plan) -> None:
     name = type(model).__name__
+    config: Any = model.config
+    for setting, reason in facts.cannot:
+        if value := config.get(setting):
+            raise TransformError(f"{name} with {setting}={value!r} cannot have merged tokens: {reason}")
     if not plan.merge_block:
         raise TransformError(
             f"{name} is a transformer, in which whole blocks can be merged and no parts of them: pass merge_block=True"

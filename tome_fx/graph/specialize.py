@@ -192,9 +192,14 @@ def _rewritten(
         graph = trace(structure, kinds, settings)
     except Exception as error:
         call = ", ".join(f"{p.name}: {k}" for p, k in zip(structure.parameters, kinds, strict=True) if k is not None)
+        reason = str(error)
+        if isinstance(error, AttributeError) and isinstance(error.obj, structure.base):
+            reason = (
+                f"the module had no {error.name} when it was transformed: load what brings it first, then transform"
+            )
         raise TransformError(
             f"could not trace {structure.base.__module__}.{structure.base.__qualname__}.forward for a call of {call}: "
-            f"{error}"
+            f"{reason}"
         ) from error
     try:
         rewrite(graph)
