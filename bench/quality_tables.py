@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from bench.cases import ROUNDED, STOCK, Case, told
 from bench.measure import ratios
-from bench.suites import QUESTIONS
+from bench.suites import POINTS, QUESTIONS, TODO, YARDSTICK
 
 
 def speed_range(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float, float, float] | None:
@@ -28,6 +28,9 @@ def interval(values: Sequence[float], *, yes_or_no: bool = False) -> tuple[float
         return mean, middle - half, middle + half
     half = z * stdev(values) / count**0.5 if count > 1 else math.nan
     return mean, mean - half, mean + half
+
+
+BESIDE = (Case("v0.1", 0.5), Case("tomesd", 0.5), TODO)  # the points that we advise
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,21 @@ def table(document: dict[str, Any]) -> str:
         lines.append([*line, "{:.2f}x ({:.2f} - {:.2f})".format(*speed) if speed else ""])
     heads = ["variant", "ratio", "options", f"FLOPs saved: {' / '.join(models)}"]
     heads += [*(COLUMNS[name].head for name in present), "Fréchet distance", "speed-up (range)"]
+    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+
+
+def points(document: dict[str, Any]) -> str:
+    """What we advise, beside the yardstick and what others and 0.1 do: FLOPs saved, and how far an image moves."""
+    rows = {Case.read(row["case"]): row for row in document["rows"]}
+    shown = {
+        name: (case, ", ".join(filter(None, [case.ratios_told, told(case.options)]))) for name, case in POINTS.items()
+    }
+    shown |= {f"`{case.variant}`": (case, ", ".join(filter(None, _merging(case)))) for case in (YARDSTICK, *BESIDE)}
+    lines = []
+    for name, (case, merging) in shown.items():
+        saved = ["" if case == YARDSTICK else f"{rows[case]['flops_saved'][model]:.0%}" for model in ("sd15", "sdxl")]
+        lines.append([name, merging, *saved, COLUMNS["psnr"].cell(rows[case]["psnr"])])
+    heads = ["", "what is merged", "FLOPs saved, SD 1.5 at 1024 px", "SDXL at 1024 px", COLUMNS["psnr"].head]
     return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
 
 

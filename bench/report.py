@@ -1,7 +1,9 @@
-"""`python -m bench report`: the README's tables and plots, from the JSON under bench/results."""
+"""`python -m bench report`: the tables and plots of README and docs, from the JSON under bench/results."""
 
 import argparse
 import re
+from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ from bench import cold, demo, documents, quality_tables, tables
 from bench.cells import Cell
 from bench.flops import LATENTS
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 
 def machine(m: dict[str, Any]) -> str:
@@ -23,7 +25,7 @@ def machine(m: dict[str, Any]) -> str:
 
 
 def section(name: str, document: dict[str, Any]) -> str:
-    """A file's part of the README: each table under its setting and machine."""
+    """What a page shows of a file: each table under its setting and machine."""
     return "\n\n".join(SECTIONS[document["kind"]](document))
 
 
@@ -63,6 +65,14 @@ def _quality(document: dict[str, Any]) -> list[str]:
     return [document["note"], setting, quality_tables.table(document), pairs, quality_tables.differences(document)]
 
 
+def _points(document: dict[str, Any]) -> list[str]:
+    return [
+        f"PSNR to the unmerged image: {document['count']} images of the pipeline {document['pipeline']}, "
+        f"{document['dtype']} on {document['device']}. {machine(document['machine'])}.",
+        quality_tables.points(document),
+    ]
+
+
 def _support(document: dict[str, Any]) -> list[str]:
     return [f"{machine(document['machine'])}.", support(document["features"])]
 
@@ -85,49 +95,65 @@ def _latency(document: dict[str, Any]) -> list[str]:
 SECTIONS = {"demo": _demo, "cold": _cold, "quality": _quality, "support": _support, "latency": _latency}
 
 
+VERDICTS = {"works": "yes", "works with a condition": "yes, if", "refused": "no"}
+
+
 def support(features: dict[str, Any]) -> str:
-    """What works with what, by the tests that showed it."""
-    lines = []
-    for feature, row in sorted(features.items(), key=lambda item: item[1]["group"]):
-        outcomes = set(row["tests"].values())
-        verdict = row["verdict"] if outcomes == {"passed"} else "not shown here: its test was skipped"
-        if "failed" in outcomes:
-            raise ValueError(f"{feature}: a test failed: {row['tests']}")
-        tests = ", ".join(f"`{name.removeprefix('tests/')}`" for name in row["tests"])
-        lines.append([row["group"], feature, verdict, row["condition"], tests])
-    return tabulate(lines, ["", "feature", "verdict", "condition", "test"], tablefmt="github", disable_numparse=True)
+    """What works with what, by the tests that showed it: a table for each group."""
+    tables = []
+    for group, rows in groupby(
+        sorted(features.items(), key=lambda item: item[1]["group"]), lambda item: item[1]["group"]
+    ):
+        lines = []
+        for feature, row in rows:
+            outcomes = set(row["tests"].values())
+            if "failed" in outcomes:
+                raise ValueError(f"{feature}: a test failed: {row['tests']}")
+            verdict = VERDICTS[row["verdict"]] if outcomes == {"passed"} else "not shown: its test was skipped"
+            lines.append([feature, verdict, row["condition"]])
+        heads = [group, "", "condition"]
+        tables.append(tabulate(lines, heads, tablefmt="github", disable_numparse=True))
+    return "\n\n".join(tables)
 
 
-def fill(text: str, name: str, content: str) -> str:
-    """Replace what stands between the markers of `name`.
+def pages(root: Path) -> dict[Path, str]:
+    """The pages that may show results, and their texts."""
+    return {path: path.read_text() for path in (root / "README.md", *sorted((root / "docs").glob("*.md")))}
+
+
+def fill(texts: Mapping[Path, str], name: str, content: str) -> dict[Path, str]:
+    """Replace what stands between the markers of `name`, on whichever page they are.
 
     Raises:
-        ValueError: The text has no such markers.
+        ValueError: No page has such markers.
     """
     begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    if not pattern.search(text):
+    if not any(map(pattern.search, texts.values())):
         raise ValueError(f"found no markers {begin} ... {end}")
-    return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
+    return {path: pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text) for path, text in texts.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench report`."""
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the README is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is out of date")
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Run `python -m bench report`."""
     results = {path.stem: documents.read(path) for path in sorted(RESULTS.glob("*.json"))}
-    text = README.read_text()
+    before = after = pages(ROOT)
     for name, document in results.items():
-        text = fill(text, name, section(name, document))
+        after = fill(after, name, section(name, document))
+    after = fill(after, "points", "\n\n".join(_points(results["quality"])))
+    stale = [path.relative_to(ROOT) for path, text in after.items() if text != before[path]]
     if arguments.check:
-        if text != README.read_text():
-            raise SystemExit("README.md is out of date: run `python -m bench report`")
+        if stale:
+            raise SystemExit(f"{', '.join(map(str, stale))}: out of date; run `python -m bench report`")
         return
     from bench import plots  # only they need matplotlib
 
-    README.write_text(text)
-    for path in (README, *plots.write(results, RESULTS)):
-        print(f"wrote {path.relative_to(README.parent)}")
+    for path in stale:
+        (ROOT / path).write_text(after[ROOT / path])
+    for written in (*stale, *(path.relative_to(ROOT) for path in plots.write(results, RESULTS))):
+        print(f"wrote {written}")

@@ -454,21 +454,20 @@ def test_there_are_results() -> None:
     assert RESULTS
 
 
-def test_the_readme_has_the_tables_of_the_committed_results() -> None:
+def test_the_pages_have_the_tables_of_the_committed_results() -> None:
     report.main(argparse.Namespace(check=True))
 
 
-def test_a_readme_out_of_date_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(report.fill(report.README.read_text(), "demo", "another table"))
-    monkeypatch.setattr(report, "README", readme)
-    with pytest.raises(SystemExit, match=r"README.md is out of date"):
+def test_a_page_out_of_date_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = report.fill(report.pages(report.ROOT), "quality", "another table")
+    monkeypatch.setattr(report, "pages", lambda root: texts)
+    with pytest.raises(SystemExit, match=r"^docs/quality.md: out of date"):
         report.main(argparse.Namespace(check=True))
 
 
 def test_markers_that_are_missing_are_named() -> None:
     with pytest.raises(ValueError, match="found no markers <!-- bench:gpu -->"):
-        report.fill("text", "gpu", "table")
+        report.fill({Path("README.md"): "text"}, "gpu", "table")
 
 
 @pytest.mark.slow
@@ -529,7 +528,7 @@ def test_the_support_table_names_tests_that_there_are() -> None:
         assert row["tests"]
         for name in row["tests"]:
             path, function = name.split("::")
-            assert f"def {function}(" in (report.README.parent / path).read_text()
+            assert f"def {function}(" in (report.ROOT / path).read_text()
 
 
 def test_the_support_table_names_every_test_that_shows_a_feature(request: pytest.FixtureRequest) -> None:

@@ -205,10 +205,10 @@ def test_all_blocks_choose_alike(options: dict[str, bool]) -> None:
     }
 
 
-def test_the_graph_in_the_readme_is_the_one_that_is_printed() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+def test_the_graph_in_the_docs_is_the_one_that_is_printed() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "how_it_works.md").read_text()
     (shown,) = re.findall(
-        r"^def forward\(self, hidden_states, \.\.\., slots = None\):\n((?:    \w+ = .*\n)+)", readme, re.M
+        r"^def forward\(self, hidden_states, \.\.\., slots = None\):\n((?:    \w+ = .*\n)+)", page, re.M
     )
     block = next(iter(blocks(transform(two_stages())).values()))
     printed = block.graph.python_code("self").src
