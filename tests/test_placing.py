@@ -119,3 +119,17 @@ def test_what_is_merged_along_a_line_is_the_mean_of_each_slot_and_comes_back(pic
     assert torch.equal(found.slot.gather(1, stands), torch.arange(merged.shape[1]).expand(2, -1).int())
     destinations = destinations_of(Tiles.of(1, count, 4, 1, 16, 3, line.device))
     assert set(line[list(destinations)].tolist()) <= set(stands[0].tolist())
+
+
+def test_text_before_the_grid_is_alone_in_its_slots() -> None:
+    x, text = tokens(2, 64), tokens(2, 5) + 1
+    found = ops.match(x, 8, 8, kept=20, sx=2, sy=2, seed=3)
+    joined = ops.after_text(found, text)
+    assert joined is not None
+    assert [part.dtype for part in joined] == 3 * [torch.int32]
+    sequence = torch.cat([text, x], dim=1)
+    merged = ops.merge(sequence, joined)
+    assert torch.equal(merged, torch.cat([text, ops.merge(x, found)], dim=1))
+    expected = torch.cat([text, ops.unmerge(ops.merge(x, found), found)], dim=1)
+    assert torch.equal(ops.unmerge(merged, joined), expected)
+    assert ops.after_text(None, text) is None

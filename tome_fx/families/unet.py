@@ -144,7 +144,7 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
         for site in find_sites(model)
         if not plan.merge_block
     }
-    _register_for_layer_skipping(set(classes.values()))
+    register_for_layer_skipping(set(classes.values()))
     matching = Matching(plan.sx, plan.sy, plan.cell_seed, plan.tile, once=plan.share_match)
     for path in dict.fromkeys(site.transformer for site in chosen):
         blocks = tuple(site.block for site in chosen if site.transformer == path)
@@ -156,7 +156,7 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
             grid=ops.grid_of,
             ratio=f"{MERGING}.ratio",
             weights="attention_mask",
-            per_token=("attention_mask", "cross_attention_kwargs.ip_adapter_masks"),
+            per_token=("attention_mask", "cross_attention_kwargs.ip_adapter_masks") if plan.merge_block else (),
             option="merge_block",
         )
         classes[path] = specialize(
@@ -208,7 +208,7 @@ def placed_by_users(model: nn.Module) -> Iterator[object]:
                 yield value
 
 
-def _register_for_layer_skipping(classes: Iterable[type[nn.Module]]) -> None:
+def register_for_layer_skipping(classes: Iterable[Any]) -> None:
     """Enter rewritten blocks where diffusers' layer skipping looks up what a block takes and returns.
 
     That register is private to diffusers: where there is none, or another, layers of a transformed model cannot be
@@ -217,8 +217,8 @@ def _register_for_layer_skipping(classes: Iterable[type[nn.Module]]) -> None:
     try:
         from diffusers.hooks._helpers import TransformerBlockRegistry
 
-        known = TransformerBlockRegistry.get(BasicTransformerBlock)
         for cls in classes:
+            known = TransformerBlockRegistry.get(cls.original)
             TransformerBlockRegistry.register(cls, replace(known, _cached_parameter_indices=None))
     except (ImportError, AttributeError, TypeError, ValueError):
         return

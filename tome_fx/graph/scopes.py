@@ -101,7 +101,9 @@ class Scope:
     Args:
         module: Its name in the block.
         tokens: Name of its argument that holds the tokens `[B, N, C]`; by position it is the first.
-        result: Place of the tokens in the tuple that it returns; None where it returns them alone.
+        result: Place of the tokens in the tuple that it returns, or several; None where it returns them alone.
+        text: Name of the block's input that holds tokens of text `[B, T, C]`, where these stand before the grid's in
+            what the module is given; None where there are none.
         keys: Name of the argument that takes tokens to attend to, where these are others than those that attend; None
             where there is none.
         weights: Name of the argument that takes the logarithms of the slots' sizes `[B, 1, K]`, to be added to the
@@ -112,7 +114,8 @@ class Scope:
 
     module: str
     tokens: str
-    result: int | None = None
+    result: int | tuple[int, ...] | None = None
+    text: str | None = None
     keys: str | None = None
     weights: str | None = None
     per_token: tuple[str, ...] = ()

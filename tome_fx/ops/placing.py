@@ -111,3 +111,28 @@ def places(
     row = count * torch.arange(batch, device=slots.slot.device)[:, None]
     first = slots.order.flatten()[slots.start] - row
     return first.scatter(1, slots.slot[:, destination].long(), destination.expand(batch, -1))
+
+
+def after_text(slots: SlotMap | None, text: Tensor) -> SlotMap | None:
+    """The slot map of a sequence in which tokens of text stand before those of the grid, each of them a slot alone.
+
+    Args:
+        slots: From `match` or `match_along`, of N tokens to K.
+        text: `[B, T, C]`.
+
+    Returns:
+        A slot map of T + N tokens to T + K, the text's first, or None where `slots` is None.
+    """
+    if slots is None:
+        return None
+    batch, count = slots.slot.shape
+    length = text.shape[1]
+    alone = torch.arange(length, dtype=torch.int32, device=slots.slot.device).expand(batch, -1)
+    row = torch.arange(batch, dtype=torch.int32, device=slots.slot.device)[:, None]
+
+    def joined(of_grid: Tensor) -> Tensor:
+        """Places among the text and the grid of one image, of places among the grid of one."""
+        return torch.cat([alone, of_grid + length], dim=1)
+
+    order, start = (joined(part - count * row) + (length + count) * row for part in (slots.order, slots.start))
+    return SlotMap(joined(slots.slot), order, start)
