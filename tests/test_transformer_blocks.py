@@ -199,3 +199,23 @@ def test_blocks_are_handed_slot_maps_and_what_they_hand_on_is_made_for_merged_to
     rewrite = MatchPass(stack, Matching(once=True))
     module.__class__ = specialize(module, rewrite, example={"image": "4d", "text": "3d"})
     assert relative_error(module(image, text, skipped), x) < 1e-6
+
+
+def test_a_kind_of_call_may_first_be_met_while_exporting() -> None:
+    class Own(After):
+        """A class that no other test has called, with a parameter of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((4,), 2.0), requires_grad=False)
+
+        def forward(self, x: Tensor, text: Tensor, gain: Any = None) -> Tensor:
+            return super().forward(x, text, gain) * self.weight
+
+    module: Any = Own()
+    arguments = tokens(), tokens()[:, :TEXT], torch.tensor([3.0])
+    expected = module(*arguments)
+    scope = Scope("attn", "input", text="text")
+    module.__class__ = specialize(module, MergePass((scope,)), example={"x": "3d", "text": "3d"})
+    program = torch.export.export(module, arguments)
+    assert torch.equal(program.module()(*arguments), expected)

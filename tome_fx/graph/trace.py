@@ -175,11 +175,15 @@ def _standin(tracer: _Tracer, structure: Structure, settings: tuple[Hashable, ..
         name: child(name) if size is None else [child(f"{name}.{i}") for i in range(size)]
         for name, size in structure.children
     }
+    parameters = {name: _Proxy(tracer.graph.get_attr(name), tracer) for name in structure.tensors}
+    children |= dict.fromkeys(structure.absent)
+    # Also as plain attributes, which are found first: torch.export has every look-up of a module's own go through it.
+    plain = {name: value for name, value in (parameters | children).items() if not hasattr(structure.base, name)}
     vars(standin).update(
-        {**structure.constants, **values},
+        {**plain, **structure.constants, **values},
         **{name: _Object(tracer.graph.get_attr(name), tracer) for name in objects},
-        _parameters={name: _Proxy(tracer.graph.get_attr(name), tracer) for name in structure.tensors},
-        _modules={**children, **dict.fromkeys(structure.absent)},
+        _parameters=parameters,
+        _modules=children,
     )
     return standin
 
