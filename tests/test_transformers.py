@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, SanaTransformer2DModel
+from diffusers import FirstBlockCacheConfig, SanaTransformer2DModel, TaylorSeerCacheConfig
+from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from peft import LoraConfig
 from support.compiling import assert_no_break_and, by_block, whole
 from support.models import relative_error
@@ -183,14 +184,39 @@ def test_a_processor_that_returns_other_values_than_known_is_an_error_in_words()
         output(transformed(model, merge_block=False), inputs(model))
 
 
-def test_a_cache_of_blocks_serves_models_whose_attention_alone_is_merged() -> None:
-    for model in (flux(), qwen()):
-        result = transformed(model, merge_block=False)
-        expected = output(result, inputs(model))
-        result.enable_cache(FirstBlockCacheConfig(threshold=0.0))
-        with result.cache_context("one"):
-            for _ in range(2):
-                assert relative_error(output(result, inputs(model)), expected) < 1e-6
+@pytest.mark.parametrize("name", ["flux", "qwen"])
+def test_a_cache_of_blocks_serves_models_whose_attention_alone_is_merged(name: str) -> None:
+    result = transformed(MODELS[name](), merge_block=False)
+    expected = output(result, inputs(result))
+    result.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    with result.cache_context("one"):
+        for _ in range(2):
+            assert relative_error(output(result, inputs(result)), expected) < 1e-6
+
+
+def test_a_cache_of_attention_is_refused_where_its_tokens_are_merged() -> None:
+    result = transformed(flux(), merge_block=False)
+    result.enable_cache(TaylorSeerCacheConfig())
+    with (
+        result.cache_context("one"),
+        pytest.raises(TransformError, match=r"TaylorSeerCacheHook keeps what it sees in attn, whose tokens are merged"),
+    ):
+        output(result, inputs(flux()))
+
+
+def test_a_block_whose_forward_was_replaced_is_refused_where_it_would_not_merge() -> None:
+    result = transformed(sd3(), merge_block=False)
+    stock = sd3().transformer_blocks[1]
+    result.transformer_blocks[1].forward = stock.forward
+    with pytest.raises(TransformError, match=r"forward of transformer_blocks.1 in a SD3Transformer2DModel is replaced"):
+        output(result, inputs(sd3()))
+
+
+def test_a_layer_can_be_skipped_by_diffusers_hook() -> None:
+    result, expected = transformed(pixart(), merge_block=False), patched(pixart(), merge_block=False)
+    apply_layer_skip(result, LayerSkipConfig(indices=[1], fqn="transformer_blocks"))
+    del expected.transformer_blocks[1]
+    assert relative_error(output(result, inputs(pixart())), output(expected, inputs(pixart()))) < 1e-6
 
 
 @models

@@ -1,5 +1,6 @@
 """UNets and ControlNets: where their image tokens are, what of them is copied, and how their blocks are rewritten."""
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -211,17 +212,15 @@ def placed_by_users(model: nn.Module) -> Iterator[object]:
 def register_for_layer_skipping(classes: Iterable[Any]) -> None:
     """Enter rewritten blocks where diffusers' layer skipping looks up what a block takes and returns.
 
-    That register is private to diffusers: where there is none, or another, layers of a transformed model cannot be
-    skipped, and all else works.
+    That register is private to diffusers: where there is none, or another, or the block itself is not known there,
+    layers of a transformed model cannot be skipped, and all else works.
     """
-    try:
-        from diffusers.hooks._helpers import TransformerBlockRegistry
+    for cls in classes:
+        with contextlib.suppress(ImportError, AttributeError, TypeError, ValueError):
+            from diffusers.hooks._helpers import TransformerBlockRegistry
 
-        for cls in classes:
             known = TransformerBlockRegistry.get(cls.original)
             TransformerBlockRegistry.register(cls, replace(known, _cached_parameter_indices=None))
-    except (ImportError, AttributeError, TypeError, ValueError):
-        return
 
 
 def _stages(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
