@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 FLOOR := .venv-floor
 FLOOR_READY := $(FLOOR)/.ready
 
-.PHONY: help demo test test-all test-floor lint bench report clean
+.PHONY: help demo test test-all test-floor lint bench gpu report clean
 
 help: ## Show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
@@ -53,6 +53,10 @@ lint: $(READY) ## Check style, types, and that the README's numbers are those of
 
 bench: $(READY) ## Measure what two cores can; with JSON=bench/results/cpu.json for the README
 	$(BIN)/python -m bench latency --suite cpu --breakdown $(if $(JSON),--json $(JSON))
+
+# With the Python at hand, whose torch sees the GPU, and not .venv: the other packages of requirements-dev.txt must be in it
+gpu: ## On a GPU: tests, latency, weights and times, into FOLDER; stopped after MINUTES, the same command goes on
+	$(PYTHON) -m bench gpu $(if $(MINUTES),--minutes $(MINUTES)) $(if $(FOLDER),--folder $(FOLDER))
 
 report: $(READY) ## Write the README's tables and plots from bench/results
 	$(BIN)/python -m bench report

@@ -1,4 +1,4 @@
-"""The command line: `python -m bench latency`, `cold`, `code`, `quality`, `demo` or `report`."""
+"""The command line: `python -m bench`, and a command: `latency`, `cold`, `code`, `bounds`, `quality`, ..."""
 
 import argparse
 import logging
@@ -7,11 +7,11 @@ import logging
 def main() -> None:
     """Parse the arguments and run the command."""
     logging.disable(logging.WARNING)  # libraries warn while they load of optional parts that are not installed
-    from bench import code, cold, demo, latency, quality, report
+    from bench import bounds, code, cold, demo, gpu, latency, quality, report, weights
 
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure tome_fx beside its peers.")
     commands = parser.add_subparsers(required=True)
-    for module in (latency, cold, code, quality, demo, report):
+    for module in (latency, cold, code, bounds, quality, weights, gpu, demo, report):
         command = commands.add_parser(module.__name__.split(".")[-1], help=(module.__doc__ or "").split(": ")[-1])
         module.add_arguments(command)
         command.set_defaults(main=module.main)

@@ -1,7 +1,9 @@
 """`python -m bench latency`: milliseconds of a UNet call, every variant beside its peers."""
 
 import argparse
+import hashlib
 import itertools
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -30,18 +32,16 @@ STEPS = 50  # of an end-to-end image: diffusers' default
 
 def run(tasks: Sequence[Task], path: Path, *, breakdown: bool = False) -> Any:
     """Measure the cells that the file does not hold yet, write them into it, and return its content."""
-    document = documents.read(path) if path.exists() else documents.new("latency", note=NOTE, cells=[])
+    document = _document(path)
     build = lru_cache(1)(models.build)  # of cells in a row
     for task in tasks:
-        cell, key = task.cell, task.cell.stored()
-        known = (entry for entry in document["cells"] if entry["cell"] == key and entry["complete"])
-        entry: dict[str, Any] = next(known, {"rows": {}})
-        done = set(task.names) <= entry["rows"].keys()
-        if done and ("breakdown" in entry or not breakdown):
+        if not left(task, path, breakdown=breakdown):
             continue
+        cell, key, done = task.cell, task.cell.stored(), _measured(document, task)
         unet = build(cell.model, cell.device, models.DTYPES[cell.dtype])
+        entry = done or {"cell": key, "complete": False, **documents.origin(cell.device)}
+        kept = _kept(path, entry)
         if not done:
-            entry = {"cell": key, "complete": False, **documents.origin(cell.device)}
             entry |= {"bounds": _bounds(unet, task), "rows": {}}
             document["cells"] = [other for other in document["cells"] if other["cell"] != key] + [entry]
             measure.compare(
@@ -51,13 +51,39 @@ def run(tasks: Sequence[Task], path: Path, *, breakdown: bool = False) -> Any:
                 device=cell.device,
                 title=str(cell),
                 save=partial(_save, path, document, entry),
+                kept=kept,
             )
             entry["complete"] = True
+            documents.write(path, document)
         if breakdown:
-            entry["breakdown"] = measure.as_json(_breakdown(unet, cell, task.rounds))
-        documents.write(path, document)
+            entry["breakdown"] = measure.as_json(_breakdown(unet, cell, task.rounds, kept))
+            documents.write(path, document)
+        shutil.rmtree(kept.parent, ignore_errors=True)
         print(f"\n{cell}\n{table(entry)}\n", flush=True)
     return document
+
+
+def left(task: Task, path: Path, *, breakdown: bool = False) -> bool:
+    """Whether `run` would measure something of the task."""
+    entry = _measured(_document(path), task)
+    return entry is None or (breakdown and "breakdown" not in entry)
+
+
+def _document(path: Path) -> dict[str, Any]:
+    return documents.read(path) if path.exists() else documents.new("latency", note=NOTE, cells=[])
+
+
+def _measured(document: dict[str, Any], task: Task) -> dict[str, Any] | None:
+    """The entry of a task that all of its rows are measured in."""
+    key, names = task.cell.stored(), set(task.names)
+    entries: list[dict[str, Any]] = document["cells"]
+    return next((e for e in entries if e["cell"] == key and e["complete"] and names <= e["rows"].keys()), None)
+
+
+def _kept(path: Path, entry: dict[str, Any]) -> Path:
+    """Beside the file, where what is compiled for a cell on this machine and commit is kept until it is done."""
+    told = repr((entry["cell"], entry["machine"]))
+    return path.with_suffix(".kept") / hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _save(path: Path, document: dict[str, Any], entry: dict[str, Any], rows: dict[str, measure.Row]) -> None:
@@ -90,30 +116,41 @@ def image(call: Callable[..., Any], unet: UNet2DConditionModel, cell: Cell, *, s
     return lambda: decode(pipe, denoise(pipe, call, seeds=range(cell.batch), steps=steps, **inputs))
 
 
-def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int) -> dict[str, measure.Row]:
+def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int, kept: Path) -> dict[str, measure.Row]:
     """The parts of one site of the finest level, each compiled alone, by what is searched: where a site's time goes."""
     site = finest_sites(unet)[0]
     side = cell.resolution // models.LATENT // site.downsample
     attention: Any = merged(unet, Case("tome_fx", cell.ratio)).get_submodule(f"{site.path}.attn1")
     tokens = torch.randn(cell.unet_batch, side * side, site.channels, device=unet.device, dtype=unet.dtype)
-    parts: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
-    for search, tile in zip(SEARCHES, (None, DEFAULTS["tile"]), strict=True):
-        options: dict[str, Any] = {"kept": plan.kept(side, side, cell.ratio), "sx": 2, "sy": 2, "seed": 1, "tile": tile}
-        slots = ops.match(tokens, side, side, **options)
-        small = ops.merge(tokens, slots)
-        parts[f"match, {search}"] = (lambda x, options=options: ops.match(x, side, side, **options), (tokens,))
-        parts[f"merge, {search}"] = (ops.merge, (tokens, slots))
-        parts[f"unmerge, {search}"] = (ops.unmerge, (small, slots))
-    parts["attention, all tokens"] = (lambda x: attention(x), (tokens,))
-    parts["attention, merged"] = (lambda x: attention(x), (small,))
+    options: dict[str, Any] = {"kept": plan.kept(side, side, cell.ratio), "sx": 2, "sy": 2, "seed": 1}
+    match: dict[str, Callable[..., Any]] = {
+        search: partial(ops.match, height=side, width=side, tile=tile, **options)
+        for search, tile in zip(SEARCHES, (None, DEFAULTS["tile"]), strict=True)
+    }
+
+    def large(search: str) -> tuple[Any, ...]:
+        return tokens, match[search](tokens)
+
+    def small(search: str) -> tuple[Any, ...]:
+        slots = match[search](tokens)
+        return ops.merge(tokens, slots), slots
+
+    # What a part is given is computed where its failure is its own.
+    parts: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = {}
+    for search in SEARCHES:
+        parts[f"match, {search}"] = (match[search], lambda: (tokens,))
+        parts[f"merge, {search}"] = (ops.merge, partial(large, search))
+        parts[f"unmerge, {search}"] = (ops.unmerge, partial(small, search))
+    parts["attention, all tokens"] = (lambda x: attention(x), lambda: (tokens,))
+    parts["attention, merged"] = (lambda x: attention(x), lambda: small(SEARCHES[-1])[:1])
     parts["attention, merged and weighed"] = (
         lambda x, slots: attention(x, attention_mask=weights(attention, x, slots)),
-        (small, slots),
+        partial(small, SEARCHES[-1]),
     )
 
-    def make(part: Callable[..., Any], inputs: tuple[Any, ...]) -> measure.Call:
-        compiled = torch.compile(part, fullgraph=True)
-        return lambda: compiled(*inputs)
+    def make(part: Callable[..., Any], inputs: Callable[[], tuple[Any, ...]]) -> measure.Call:
+        compiled, given = torch.compile(part, fullgraph=True), inputs()
+        return lambda: compiled(*given)
 
     return measure.compare(
         {name: partial(make, *part) for name, part in parts.items()},
@@ -121,6 +158,7 @@ def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int) -> dict[str,
         rounds=max(rounds, 10),
         device=cell.device,
         title=f"parts of {cell}",
+        kept=kept,
     )
 
 

@@ -1,22 +1,35 @@
-"""How things are timed and counted: interleaved rounds, dynamo's own counters, cold compiles."""
+"""How things are timed and counted: interleaved rounds, dynamo's own counters, cold compiles.
+
+NOTE [Compiled once]
+A cell whose rows take minutes to compile may be stopped before it is measured. What was compiled for it until then is
+kept in a folder, a row in a folder of its own, with the seconds that it took when nothing was kept. So whoever measures
+the cell again comes further, and the seconds told are those of a cold compile. A row that was stopped while it compiled
+starts anew.
+"""
 
 import gc
+import os
+import re
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
-from torch._inductor.utils import fresh_cache
+from torch._inductor.utils import clear_caches, fresh_cache
 from tqdm import tqdm
 
 OUT_OF_MEMORY = "OOM"
 Call = Callable[[], torch.Tensor]
+COLD = "cold"  # of what is kept of a row, the file of the seconds of its first call when nothing was kept yet
 WRONG = 0.05  # relative: far above the rounding of half precision, far below an output that is another
 
 
@@ -102,6 +115,7 @@ def compare(
     device: str,
     title: str,
     save: Callable[[dict[str, Row]], None] = lambda rows: None,
+    kept: Path | None = None,
 ) -> dict[str, Row]:
     """Time variants in interleaved rounds, A B C A B C, so that a drift of the machine meets all of them alike.
 
@@ -113,6 +127,7 @@ def compare(
         device: "cpu" or "cuda".
         title: What the progress bar calls this cell.
         save: Called after the warm-up of each variant and after each round, with all rows so far.
+        kept: A folder for what is compiled: see NOTE [Compiled once]. None keeps nothing.
 
     Returns:
         The rows. A variant that fails has its reason in `error` and no samples, and the others go on.
@@ -127,7 +142,7 @@ def compare(
         for name, make in runs.items():
             bar.set_postfix_str(f"warming up {name}")
             try:
-                call, output = _warm_up(make, rows[name], timer)
+                call, output = _warm_up(make, rows[name], timer, kept and kept / _folder(name))
                 if exact is not None:
                     reference = _check(output, rows[name], reference, exact[name])
                 calls[name] = call
@@ -150,9 +165,9 @@ def compare(
     return rows
 
 
-def _warm_up(make: Callable[[], Call], row: Row, timer: Timer) -> tuple[Call, torch.Tensor]:
-    """The call and its output, with every cache empty before the first of two calls."""
-    with fresh_cache(), count_compiles() as row.compiles:
+def _warm_up(make: Callable[[], Call], row: Row, timer: Timer, kept: Path | None) -> tuple[Call, torch.Tensor]:
+    """The call and its output, with every cache empty before the first of two calls, but for what was kept."""
+    with fresh_cache() if kept is None else _kept_cache(kept), count_compiles() as row.compiles:
         if timer.cuda:
             torch.cuda.reset_peak_memory_stats()
         call = make()
@@ -160,7 +175,32 @@ def _warm_up(make: Callable[[], Call], row: Row, timer: Timer) -> tuple[Call, to
         output = call()
         if timer.cuda:
             row.peak_memory = torch.cuda.max_memory_allocated()
+    if kept is not None:
+        cold = kept / COLD
+        if not cold.exists():
+            cold.write_text(repr(row.first_s))
+        row.first_s = float(cold.read_text())
     return call, output
+
+
+def _folder(name: str) -> str:
+    """A row's folder: Inductor calls compilers by a line that spaces cut."""
+    return re.sub(r"\W+", "-", name)
+
+
+@contextmanager
+def _kept_cache(folder: Path) -> Iterator[None]:
+    """As `fresh_cache`, with the folder's content in the caches if all of a row was compiled into it."""
+    if not (folder / COLD).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    clear_caches()
+    where = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
+    try:
+        with patch.dict(os.environ, where):
+            yield
+    finally:
+        clear_caches()
 
 
 def _check(output: torch.Tensor, row: Row, reference: torch.Tensor | None, exact: bool) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import cold, demo, documents, quality_tables, tables
+from bench import bounds, code, cold, demo, documents, gpu, quality_tables, tables, weights
 from bench.cells import Cell
 from bench.flops import LATENTS
 
@@ -92,7 +92,42 @@ def _latency(document: dict[str, Any]) -> list[str]:
     return parts
 
 
-SECTIONS = {"demo": _demo, "cold": _cold, "quality": _quality, "support": _support, "latency": _latency}
+def _bounds(document: dict[str, Any]) -> list[str]:
+    return [f"{document['note']} {machine(document['machine'])}.", bounds.table(document)]
+
+
+def _code(document: dict[str, Any]) -> list[str]:
+    cards = ", ".join(f"{card} is {name}" for card, name in document["cards"].items())
+    setting = (
+        f"{document['model']}, {document['resolution']} px, UNet batch {document['batch']}, "
+        f"ratio {document['ratio']:g}, fp16; {cards}. {machine(document['machine'])}."
+    )
+    return [document["note"], setting, code.table(document)]
+
+
+def _weights(document: dict[str, Any]) -> list[str]:
+    first = document["cells"][0]
+    cell = weights.Cell(**first["cell"])
+    setting = f"Batch {cell.batch}, {weights.HEADS} heads, {cell.dtype} on {cell.device}. {machine(first['machine'])}."
+    return [document["note"], setting, weights.table(document)]
+
+
+def _tests(document: dict[str, Any]) -> list[str]:
+    return [f"{machine(document['machine'])}.", gpu.told(document)]
+
+
+SECTIONS = {
+    "bounds": _bounds,
+    "code": _code,
+    "demo": _demo,
+    "cold": _cold,
+    "quality": _quality,
+    "support": _support,
+    "latency": _latency,
+    "weights": _weights,
+    "tests": _tests,
+}
+COMPUTED = {"attention-kernels": weights.chosen}  # of no file; written where a page has the markers
 
 
 VERDICTS = {"works": "yes", "works with a condition": "yes, if", "refused": "no"}
@@ -146,6 +181,9 @@ def main(arguments: argparse.Namespace) -> None:
     for name, document in results.items():
         after = fill(after, name, section(name, document))
     after = fill(after, "points", "\n\n".join(_points(results["quality"])))
+    for name, compute in COMPUTED.items():
+        if any(f"<!-- bench:{name} -->" in text for text in after.values()):
+            after = fill(after, name, compute())
     stale = [path.relative_to(ROOT) for path, text in after.items() if text != before[path]]
     if arguments.check:
         if stale:

@@ -32,6 +32,7 @@ from bench import (
     tables,
     variants,
     viz,
+    weights,
 )
 from bench.cases import Case, options
 from bench.cells import Cell, Task, suite
@@ -429,7 +430,7 @@ def test_committed_results_have_the_schema(path: Path) -> None:
         assert {"cpu", "cores", "gpu", "torch", "diffusers", "tomesd", "python", "commit"} <= entry["machine"].keys()
     filled_by = document["rows"] if document["kind"] == "quality" else document.get("cells", [document])
     assert all(entry["argv"] for entry in filled_by)
-    if document["kind"] in ("quality", "support"):
+    if document["kind"] in ("quality", "support", "tests"):
         return  # their rows are held in test_quality and by the report itself
     if document["kind"] == "cold":
         for modes in document["models"].values():
@@ -439,6 +440,10 @@ def test_committed_results_have_the_schema(path: Path) -> None:
         return
     groups = [entry["rows"] for entry in document.get("cells", [])] or [document["rows"]]
     for entry in document.get("cells", []):
+        if document["kind"] == "weights":
+            weights.Cell(**entry["cell"])
+            assert entry["kernels"].keys() == entry["rows"].keys()
+            continue
         assert entry["complete"]
         assert entry["bounds"].keys() == entry["rows"].keys()
         Cell.read(entry["cell"])

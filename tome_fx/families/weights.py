@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tome_fx import ops
 from tome_fx.families import maps
 from tome_fx.graph.scopes import Weigh
+from tome_fx.ops.tiling import once
 
 # Of perturbed-attention guidance and of text-to-video zero: they attend in parts of the batch, or across it, and would
 # give some images the weights of others.
@@ -135,11 +137,29 @@ def attend_by_channel(query: Tensor, key: Tensor, value: Tensor, weights: Tensor
     width = query.shape[-1]
     scale = width**-0.5
     constant = 2.0 ** round(-math.log2(scale))
-    more = _widened(width) - width
-    query = F.pad(F.pad(query, (0, 1), value=constant), (0, more - 1))
-    key = F.pad(torch.cat([key, (weights / (constant * scale)).mT], dim=-1), (0, more - 1))
-    attended = F.scaled_dot_product_attention(query, key, F.pad(value, (0, more)), scale=scale)
-    return attended[..., :width]
+    weights = weights / (constant * scale)
+    if statically_known_true(query.shape[2] == key.shape[2]):
+        query, key, value = _widen((query, key, value), (constant, weights, 0.0))
+    else:
+        (query,), (key, value) = _widen((query,), (constant,)), _widen((key, value), (weights, 0.0))
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)[..., :width]
+
+
+def _widen(tensors: tuple[Tensor, ...], channels: tuple[Tensor | float, ...]) -> Tensor:
+    """Tensors `[B, heads, N, D]`, each with its channel and then zeros up to the widened head, stacked.
+
+    Stacked and written down once they are one launch, in place of one and more for each.
+    """
+    stacked = torch.stack([tensor.transpose(1, 2) for tensor in tensors])
+    width = stacked.shape[-1]
+    wide = F.pad(stacked, (0, _widened(width) - width))
+    number = torch.arange(len(tensors), device=wide.device).view(-1, 1, 1, 1, 1)
+    channel = wide.new_zeros(())
+    for index, given in enumerate(channels):
+        values = given.permute(0, 3, 1, 2) if isinstance(given, Tensor) else given
+        channel = torch.where(number == index, values, channel)
+    place = torch.arange(wide.shape[-1], device=wide.device)
+    return once(torch.where(place == width, channel, wide).contiguous()).transpose(2, 3)
 
 
 FLASH_WIDTHS = (32, 64, 96, 128, 192, 256)

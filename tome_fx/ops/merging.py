@@ -48,7 +48,7 @@ def merge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
 
 
 def unmerge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
-    """Give every token of the grid a copy of its slot.
+    """Give every token of the grid a copy of its slot: one gather.
 
     Args:
         tokens: Merged tokens, `[B, K, C]`.
@@ -59,9 +59,8 @@ def unmerge(tokens: Tensor, slots: SlotMap | None) -> Tensor:
     """
     if slots is None:
         return tokens
-    batch, kept, channels = tokens.shape
-    row = slots.slot + kept * torch.arange(batch, dtype=torch.int32, device=tokens.device)[:, None]
-    return tokens.flatten(0, 1).index_select(0, row.flatten()).view(batch, -1, channels)
+    # Rows would be copied faster on a CPU, but written down: Inductor keeps a gather within the kernel that reads it.
+    return tokens.gather(1, slots.slot.long()[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def changed(tokens: Tensor, merged: Tensor, result: Tensor, slots: SlotMap | None) -> Tensor:

@@ -1,0 +1,123 @@
+"""`python -m bench bounds`: what merging saves at most, by FLOPs, in models of real size; needs no weights."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from tabulate import tabulate
+from torch import nn
+from tqdm import tqdm
+
+import tome_fx
+from bench import documents, models
+
+NOTE = (
+    "By `tome_fx.explain`, for models from their configs and without weights: FLOPs of a call before merging over "
+    "those after it, matching paid for, with a prompt of 77 tokens. They bound a speed-up, and are none."
+)
+RATIOS = (0.25, 0.5, 0.75)
+WAYS: dict[str, dict[str, Any]] = {
+    "attention": {},
+    "keys and values": {"merge_queries": False},
+    "whole blocks": {"merge_block": True},
+}
+# Where a config departs from its class's defaults, which are those of PixArt-Σ XL and Qwen-Image, and of Flux.1 dev but
+# for its guidance
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "PixArt-Σ XL": ("PixArtTransformer2DModel", {}),
+    "SD 3.5 medium": (
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },
+    ),
+    "SD 3.5 large": (
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+    ),
+    "Flux.1 dev": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+    "Qwen-Image": ("QwenImageTransformer2DModel", {}),
+}
+UNETS = {"SD 1.5": "sd15", "SD 2.1": "sd21", "SDXL": "sdxl"}
+IMAGES = (
+    *(("SD 1.5", side) for side in (512, 1024)),
+    ("SD 2.1", 768),
+    *(("SDXL", side) for side in (1024, 2048)),
+    *(("PixArt-Σ XL", side) for side in (1024, 2048)),
+    *((name, 1024) for name in ("SD 3.5 medium", "SD 3.5 large", "Flux.1 dev")),
+    ("Qwen-Image", 1328),
+)
+
+
+def build(name: str) -> nn.Module:
+    """A model without values."""
+    model: nn.Module
+    if name in UNETS:
+        model = models.build(UNETS[name], "meta")
+    else:
+        kind, config = TRANSFORMERS[name]
+        with torch.device("meta"):
+            model = getattr(diffusers, kind)(**config)
+    return model
+
+
+def run(path: Path) -> dict[str, Any]:
+    """Count each way at each image; None where a model has no such way."""
+    rows: list[dict[str, Any]] = []
+    document = documents.new("bounds", note=NOTE, **documents.origin("cpu"), rows=rows)
+    for name, side in tqdm(IMAGES, file=sys.stderr, leave=False):
+        model, latents = build(name), side // models.LATENT
+        for way, options in WAYS.items():
+            bounds = []
+            for ratio in RATIOS:
+                try:
+                    report = tome_fx.explain(tome_fx.transform(model, ratio, **options), latents, latents)
+                except (tome_fx.TransformError, ValueError):  # what this model does not have
+                    break
+                bounds.append(round(report.bound, 3))
+            else:
+                rows.append({"model": name, "side": side, "way": way, "tflops": report.flops_before / 1e12})
+                rows[-1] |= {"tokens": max(row.tokens for row in report.rows), "bounds": bounds}
+    documents.write(path, document)
+    return document
+
+
+def table(document: dict[str, Any]) -> str:
+    """A line for each model, image and way."""
+    lines = [
+        [
+            row["model"],
+            row["side"],
+            row["tokens"],
+            f"{row['tflops']:.2f}",
+            row["way"],
+            *map("{:.2f}x".format, row["bounds"]),
+        ]
+        for row in document["rows"]
+    ]
+    heads = ["model", "image, px", "tokens", "TFLOPs", "merged", *(f"at {ratio:g}" for ratio in RATIOS)]
+    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench bounds`."""
+    parser.add_argument("--json", type=Path, default=Path("out/bounds.json"))
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run `python -m bench bounds`."""
+    print(NOTE, table(run(arguments.json)), f"written to {arguments.json}", sep="\n\n")
