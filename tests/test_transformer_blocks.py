@@ -156,17 +156,17 @@ def test_other_forwards_have_one_graph_for_tokens_of_all_types() -> None:
     assert len(cls.graphs) == 1
 
 
-def test_text_before_the_image_is_left_alone() -> None:
+def test_a_block_may_put_text_before_the_image_and_be_handed_a_slot_map_of_both() -> None:
     x, module = tokens(), cast(Any, After())
     text, slots = x.flip(1)[:, :TEXT], slots_for(x)
     plain = module(x, text)
     joined = torch.cat([text, ops.merge(x, slots)], dim=1)
     y = module.attn(joined)
     expected = x + ops.unmerge(y[:, TEXT:], slots) * y[:, :TEXT].sum(1, keepdim=True)
-    scope = Scope("attn", "input", text="text")
+    scope = Scope("attn", "input")
     module.__class__ = specialize(module, MergePass((scope,)), example={"x": "3d", "text": "3d"})
     assert torch.equal(module(x, text), plain)
-    assert relative_error(module(x, text, slots=slots), expected) < 1e-6
+    assert relative_error(module(x, text, slots=ops.after_text(slots, text)), expected) < 1e-6
 
 
 def gain_of(block: nn.Module, value: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
@@ -183,7 +183,7 @@ def test_blocks_are_handed_slot_maps_and_what_they_hand_on_is_made_for_merged_to
         if skipped is None or number not in skipped:
             y = block.attn(torch.cat([text, ops.merge(x, slots)], dim=1))
             x = x + ops.unmerge(y[:, TEXT:], slots) * y[:, :TEXT].sum(1, keepdim=True) * 2.0
-    scope = Scope("attn", "input", text="text")
+    scope = Scope("attn", "input")
     for block in module.blocks:
         block.__class__ = specialize(block, MergePass((scope,)), example={"x": "3d", "text": "3d"})
     stack = Stack(
@@ -195,10 +195,13 @@ def test_blocks_are_handed_slot_maps_and_what_they_hand_on_is_made_for_merged_to
         ratio="ratio",
         adapted=(Adapted("gain", gain_of),),
         skips=True,
+        texts=("text", "text"),
     )
     rewrite = MatchPass(stack, Matching(once=True))
     module.__class__ = specialize(module, rewrite, example={"image": "4d", "text": "3d"})
     assert relative_error(module(image, text, skipped), x) < 1e-6
+    graph = list(type(module).graphs.values())[-1]
+    assert [node.target for node in graph.nodes].count(ops.after_text) == 1
 
 
 def test_a_kind_of_call_may_first_be_met_while_exporting() -> None:
@@ -215,7 +218,7 @@ def test_a_kind_of_call_may_first_be_met_while_exporting() -> None:
     module: Any = Own()
     arguments = tokens(), tokens()[:, :TEXT], torch.tensor([3.0])
     expected = module(*arguments)
-    scope = Scope("attn", "input", text="text")
+    scope = Scope("attn", "input")
     module.__class__ = specialize(module, MergePass((scope,)), example={"x": "3d", "text": "3d"})
     program = torch.export.export(module, arguments)
     assert torch.equal(program.module()(*arguments), expected)

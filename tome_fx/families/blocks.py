@@ -24,11 +24,13 @@ class Block:
         scopes: Its modules that may see merged tokens, in the order in which they run.
         example: The `kind` of what models give it, by name.
         counts: Modules whose results it counts; see `Structure`.
+        text: Name of its argument with tokens of text that it puts before the image's itself; None where it does not.
     """
 
     scopes: tuple[Scope, ...]
     example: dict[str, Hashable] = field(hash=False)
     counts: tuple[tuple[str, Count], ...] = ()
+    text: str | None = None
 
     def scopes_in(self, block: nn.Module, plan: Plan) -> tuple[Scope, ...]:
         """The modules of a block of this kind that the plan merges around."""
@@ -59,16 +61,7 @@ BLOCKS = {
         counts=(("attn", of_flux),),
     ),
     "FluxSingleTransformerBlock": Block(
-        (
-            Scope(
-                "attn",
-                tokens="hidden_states",
-                text="encoder_hidden_states",
-                weights="attention_mask",
-                option="merge_attn",
-            ),
-        ),
-        {**BOTH, "image_rotary_emb": "opaque"},
+        (ATTENTION,), {**BOTH, "image_rotary_emb": "opaque"}, text="encoder_hidden_states"
     ),
     "QwenImageTransformerBlock": Block((JOINT,), {**BOTH, "image_rotary_emb": "opaque"}),
 }

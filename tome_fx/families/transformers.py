@@ -23,7 +23,7 @@ from tome_fx.families.weights import WEIGH, WeighingProcessor, why_unweighed_by_
 from tome_fx.graph.calls import positional
 from tome_fx.graph.rewrite import MatchPass, MergePass, StackPass
 from tome_fx.graph.scopes import Matching, Scope, Stack
-from tome_fx.graph.specialize import specialize
+from tome_fx.graph.specialize import Check, Pass, specialize
 from tome_fx.graph.structure import kind
 from tome_fx.plan import MERGING, PARTS, Plan, TransformError
 
@@ -115,10 +115,35 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
     """
     facts = _facts(model)
     blocks = tuple(site.block for site in merged_sites(model, plan))
-    stack = Stack(
+    stack = _stack(model, facts, blocks, plan)
+    matching = Matching(plan.sx, plan.sy, plan.cell_seed, plan.tile, once=plan.share_match)
+    rewrite: Pass = MatchPass(stack, matching)
+    check: Check = CheckStack(blocks)
+    if plan.merge_block:
+        rewrite = StackPass(stack, matching, facts.weigh_blocks(plan.prop_attn))
+        check = CheckTransformer(blocks, facts.attention, bool(plan.prop_attn))
+    classes = {} if plan.merge_block else {block: _rewritten_block(model, block, facts, plan) for block in blocks}
+    register_for_layer_skipping(set(classes.values()))
+    inputs = example_inputs(model, EXAMPLE, EXAMPLE, device="meta")
+    classes[""] = specialize(
+        model,
+        rewrite,
+        example={**{name: kind(value) for name, value in inputs.items()}, "return_dict": False},  # as pipelines call it
+        calls=facts.calls,
+        reads=facts.reads,
+        check=check,
+    )
+    return classes
+
+
+def _stack(model: nn.Module, facts: Facts, blocks: tuple[str, ...], plan: Plan) -> Stack:
+    """The blocks of the model, as a pass for the whole of them or for what they hand on to their parts needs them."""
+    modules = [model.get_submodule(block) for block in blocks]
+    known = [] if plan.merge_block else [_known(module, block) for module, block in zip(modules, blocks, strict=True)]
+    return Stack(
         blocks,
         tokens="hidden_states",
-        arguments=tuple(positional(model.get_submodule(block)) for block in blocks),
+        arguments=tuple(map(positional, modules)),
         image=facts.image,
         grid=facts.grid,
         grid_arguments=() if facts.line else (facts.downsample(model),),
@@ -130,22 +155,8 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
         per_token=facts.per_token if plan.merge_block or facts.weigh else (),  # other blocks refuse for themselves
         option="merge_block" if plan.merge_block else "merge_attn",
         skips=True,  # as skip_layers of Stable Diffusion 3 does
+        texts=tuple(kind_of_block.text for kind_of_block in known),
     )
-    matching = Matching(plan.sx, plan.sy, plan.cell_seed, plan.tile, once=plan.share_match)
-    inputs = example_inputs(model, EXAMPLE, EXAMPLE, device="meta")
-    weigh_blocks = facts.weigh_blocks(plan.prop_attn)
-    weighed = bool(plan.prop_attn)
-    classes = {} if plan.merge_block else {block: _rewritten_block(model, block, facts, plan) for block in blocks}
-    register_for_layer_skipping(set(classes.values()))
-    classes[""] = specialize(
-        model,
-        StackPass(stack, matching, weigh_blocks) if plan.merge_block else MatchPass(stack, matching),
-        example={**{name: kind(value) for name, value in inputs.items()}, "return_dict": False},  # as pipelines call it
-        calls=facts.calls,
-        reads=facts.reads,
-        check=CheckTransformer(blocks, facts.attention, weighed) if plan.merge_block else CheckStack(blocks),
-    )
-    return classes
 
 
 def _rewritten_block(model: nn.Module, path: str, facts: Facts, plan: Plan) -> type[nn.Module]:

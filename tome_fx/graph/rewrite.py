@@ -110,12 +110,16 @@ def insert_match(graph: fx.Graph, stack: Stack, matching: Matching) -> int:
         How many blocks were given a slot map.
     """
     matched, adapted = _matched(graph, stack, matching), _AdaptedArguments(stack)
+    texts = dict(zip(stack.blocks, stack.texts, strict=False))
+    of_both: dict[fx.Node, fx.Node] = {}  # slot maps of text and grid, by those of the grid
     for call, slots in matched:
-        parameters = _arguments(stack, call)
+        parameters, text = _arguments(stack, call), texts.get(call.module)
         with graph.inserting_before(call.node):
             _refuse_per_token(call, stack.per_token, parameters, slots, stack.option)
             adapted.give(call, parameters, slots)
-        call.append("slots", slots, parameters)
+            if text is not None and slots not in of_both:
+                of_both[slots] = graph.call_function(ops.after_text, (slots, call.given(text, parameters)))
+        call.append("slots", slots if text is None else of_both[slots], parameters)
     return len(matched)
 
 
@@ -186,17 +190,15 @@ def insert_merge(
     """
     by_name = {scope.module: scope for scope in scopes}
     calls = list(calls_of(graph, by_name))
-    inputs = {node.target: node for node in graph.nodes if node.op == "placeholder"}
-    with graph.inserting_after(list(inputs.values())[-1]):
-        of_grid = graph.placeholder("slots", default_value=None)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(inputs[-1]):
+        slots = graph.placeholder("slots", default_value=None)
     for call in calls:
-        scope, slots = by_name[call.module], of_grid
+        scope = by_name[call.module]
         tokens = call.argument(scope.tokens)
         keys = None if queries else scope.keys
         with graph.inserting_before(call.node):
             _refuse_per_token(call, scope.per_token, None, slots, scope.option)
-            if scope.text is not None:
-                slots = graph.call_function(ops.after_text, (slots, inputs[scope.text]))
             if keys:
                 call.node.update_kwarg(keys, graph.call_function(nodes.merged_keys, (tokens, slots)))
             else:

@@ -76,6 +76,8 @@ class Stack:
             does not show the grid by its shape (NOTE [Tokens on a line]); None where it does.
         adapted: Arguments that are others where tokens are merged.
         skips: Whether a call may leave out some of the blocks.
+        texts: For each block, the name of its argument with tokens of text `[B, T, C]` that it puts before those of the
+            grid itself, as many in every block, so that it is handed a slot map of both; None where it does not.
     """
 
     blocks: tuple[str, ...]
@@ -92,6 +94,7 @@ class Stack:
     line: Callable[..., Tensor] | None = None
     adapted: tuple[Adapted, ...] = ()
     skips: bool = False
+    texts: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,6 @@ class Scope:
         module: Its name in the block.
         tokens: Name of its argument that holds the tokens `[B, N, C]`; by position it is the first.
         result: Place of the tokens in the tuple that it returns, or several; None where it returns them alone.
-        text: Name of the block's input that holds tokens of text `[B, T, C]`, where these stand before the grid's in
-            what the module is given; None where there are none.
         keys: Name of the argument that takes tokens to attend to, where these are others than those that attend; None
             where there is none.
         weights: Name of the argument that takes the logarithms of the slots' sizes `[B, 1, K]`, to be added to the
@@ -115,7 +116,6 @@ class Scope:
     module: str
     tokens: str
     result: int | tuple[int, ...] | None = None
-    text: str | None = None
     keys: str | None = None
     weights: str | None = None
     per_token: tuple[str, ...] = ()
