@@ -649,6 +649,19 @@ def test_a_model_can_be_exported(scope: dict[str, Any], name: str) -> None:
     assert relative_error(found, output(result, arguments)) < 1e-6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen"])
+@scopes
+def test_a_kind_of_call_that_was_never_met_can_be_exported(scope: dict[str, Any], name: str) -> None:
+    model = MODELS[name]()
+    result = transformed(model, seed=11, use_rand=True, **scope)  # options of no other test, so that graphs are new
+    arguments = {**inputs(model), **control(model)}
+    with torch.no_grad():
+        program = torch.export.export(result, (), {**arguments, "return_dict": False})
+        found = flattened(program.module()(**arguments, return_dict=False))
+    assert relative_error(found, output(result, arguments)) < 1e-6
+
+
 @scopes
 def test_a_plan_for_a_transformer_may_be_tomesds_but_for_the_level(scope: dict[str, Any]) -> None:
     options = {name: value for name, value in tome_fx.TOMESD.items() if name != "max_downsample"}
