@@ -90,8 +90,7 @@ def _tests(folder: Path, plan: Plan) -> Step:
 
     def record() -> None:
         if outcome.exists():
-            document = documents.new("tests", **documents.origin(plan.device), **outcomes(outcome))
-            documents.write(path, document)
+            documents.write(path, documents.new("tests", **documents.origin(plan.device), **outcomes(outcome)))
             outcome.unlink()
 
     command = ("-m", "pytest", "-m", "gpu", "-q", "--junitxml", str(outcome.absolute()))

@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import bounds, code, cold, demo, documents, gpu, quality_tables, tables, weights
+from bench import attention, bounds, code, cold, demo, documents, gpu, quality_tables, tables, weights
 from bench.cells import Cell
 from bench.flops import LATENTS
 
@@ -21,7 +21,8 @@ def machine(m: dict[str, Any]) -> str:
     """The line above every table: what it was measured on and with."""
     where = m["gpu"] or f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB"
     versions = ", ".join(f"{name} {m[name]}" for name in ("torch", "diffusers", "tomesd"))
-    return f"{where}; Python {m['python']}, {versions}; commit {m['commit']}"
+    commit = f"; commit {m['commit']}" if m["commit"] else ""
+    return f"{where}; Python {m['python']}, {versions}{commit}"
 
 
 def section(name: str, document: dict[str, Any]) -> str:
@@ -108,12 +109,24 @@ def _code(document: dict[str, Any]) -> list[str]:
 def _weights(document: dict[str, Any]) -> list[str]:
     first = document["cells"][0]
     cell = weights.Cell(**first["cell"])
-    setting = f"Batch {cell.batch}, {weights.HEADS} heads, {cell.dtype} on {cell.device}. {machine(first['machine'])}."
+    setting = (
+        f"Batch {cell.batch}, {attention.HEADS} heads, {cell.dtype} on {cell.device}. {machine(first['machine'])}."
+    )
     return [document["note"], setting, weights.table(document)]
 
 
 def _tests(document: dict[str, Any]) -> list[str]:
     return [f"{machine(document['machine'])}.", gpu.told(document)]
+
+
+def _prototypes(document: dict[str, Any]) -> list[str]:
+    told = {name: f"{row['psnr']:.1f}" for name, row in document["rows"].items()}
+    told |= {
+        name: f"{told[name]} ± {row['interval']:.1f}" for name, row in document["rows"].items() if "interval" in row
+    }
+    heads = ["", "PSNR, dB"]
+    table = tabulate(list(told.items()), heads, tablefmt="github", disable_numparse=True)
+    return [f"{document['note']} {machine(document['machine'])}.", table]
 
 
 SECTIONS = {
@@ -124,10 +137,11 @@ SECTIONS = {
     "quality": _quality,
     "support": _support,
     "latency": _latency,
+    "prototypes": _prototypes,
     "weights": _weights,
     "tests": _tests,
 }
-COMPUTED = {"attention-kernels": weights.chosen}  # of no file; written where a page has the markers
+COMPUTED = {"attention-kernels": attention.chosen}  # of no file
 
 
 VERDICTS = {"works": "yes", "works with a condition": "yes, if", "refused": "no"}
@@ -182,8 +196,7 @@ def main(arguments: argparse.Namespace) -> None:
         after = fill(after, name, section(name, document))
     after = fill(after, "points", "\n\n".join(_points(results["quality"])))
     for name, compute in COMPUTED.items():
-        if any(f"<!-- bench:{name} -->" in text for text in after.values()):
-            after = fill(after, name, compute())
+        after = fill(after, name, compute())
     stale = [path.relative_to(ROOT) for path, text in after.items() if text != before[path]]
     if arguments.check:
         if stale:

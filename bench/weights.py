@@ -1,8 +1,4 @@
-"""`python -m bench weights`: attention with a weight for each key, in the forms that say so, beside attention without.
-
-What merged tokens weigh is added to the scores of their keys: by a mask, by one more channel, or by a function of the
-score. Which kernels take that depends on the form. This is what each costs on the device at hand.
-"""
+"""`python -m bench weights`: attention with a weight for each key, in each form of `bench.attention`, beside none."""
 
 import argparse
 import itertools
@@ -14,26 +10,17 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
-from torch.nn.attention import SDPBackend
-from torch.nn.attention.flex_attention import flex_attention
-from torch.overrides import TorchFunctionMode
 
 from bench import documents, measure
-from bench.cards import CARDS, attention_kernel
-from bench.cuda_code import TORCH
+from bench.attention import FORMS, HEADS, PLAIN, WIDTHS, kernel, weight_rows
 from bench.models import DTYPES
-from tome_fx.families.weights import FLASH_WIDTHS, attend_by_channel
-from tome_fx.ops.merging import ALIGNED
 
 NOTE = (
     "Attention of as many queries as keys, compiled, with a weight for each key that is the same for all queries and "
     "heads. The kernel is the one that torch itself says it takes on the device."
 )
-HEADS = 8
-WIDTHS = (40, 64, 80, 160)  # of Stable Diffusion 1's heads, and 64 of later models'
 TOKENS = (2048, 8192)  # what a ratio of 0.5 leaves of 64 x 64 and of 128 x 128
 ROUNDS = 20
 
@@ -59,81 +46,14 @@ class Cell:
         return f"heads of {self.width}, {self.tokens} tokens"
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor, weights: Tensor) -> Tensor:
-    """No weights."""
-    return F.scaled_dot_product_attention(query, key, value)
-
-
-def by_mask(query: Tensor, key: Tensor, value: Tensor, weights: Tensor) -> Tensor:
-    """Weights as a mask, as diffusers' processor takes it: for every head, and expanded to every query by torch."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=weights)
-
-
-def by_score(query: Tensor, key: Tensor, value: Tensor, weights: Tensor) -> Tensor:
-    """Weights as FlexAttention's change of a score."""
-    row = weights[:, 0, 0]
-
-    def score(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return score + row[b, k]
-
-    result = flex_attention(query, key, value, score_mod=score)
-    assert isinstance(result, Tensor)
-    return result
-
-
-PLAIN = "no weights"
-# All take queries, keys and values [B, H, L, E] and weights [B, H, 1, L].
-FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    PLAIN: plain,
-    "mask": by_mask,
-    "channel": attend_by_channel,
-    "FlexAttention": by_score,
-}
-
-
-class Calls(TorchFunctionMode):
-    """Notes what each call of scaled_dot_product_attention within is given, and computes none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.given: list[tuple[Sequence[Any], dict[str, Any]]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        self.given.append((args, kwargs))
-        return args[2]
-
-
-def given(form: str, inputs: Sequence[Tensor]) -> tuple[Sequence[Any], dict[str, Any]] | None:
-    """What scaled_dot_product_attention is given in this form, or None for FlexAttention, which writes its own."""
-    if FORMS[form] is by_score:
-        return None
-    with Calls() as calls:
-        FORMS[form](*inputs)
-    ((args, options),) = calls.given
-    return args, options
-
-
-def kernel(form: str, inputs: Sequence[Tensor]) -> str:
-    """The kernel that torch says it takes on the device of the inputs."""
-    asked = given(form, inputs)
-    if asked is None:
-        return "its own"
-    choice = torch._fused_sdp_choice(*asked[0], **asked[1])
-    return str(SDPBackend(choice).name.lower().removesuffix("_attention"))
-
-
 def example(cell: Cell) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Seeded queries, keys, values and weights, whose rows are aligned as those of `tome_fx` are."""
+    """Seeded queries, keys, values and weights of a cell."""
     generator = torch.Generator().manual_seed(0)
     shape = (cell.batch, HEADS, cell.tokens, cell.width)
     device, dtype = cell.device, DTYPES[cell.dtype]
     query, key, value = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
-    sizes = torch.randint(1, 5, (cell.batch, 1, 1, cell.tokens), generator=generator).log()
-    rows = F.pad(sizes.expand(-1, HEADS, -1, -1), (0, ALIGNED - cell.tokens % ALIGNED)).to(device, dtype)
-    return query, key, value, rows[..., : cell.tokens]
+    sizes = torch.randint(1, 5, (cell.batch, cell.tokens), generator=generator)
+    return query, key, value, weight_rows(sizes.log().to(device, dtype))
 
 
 def run(cells: Sequence[Cell], path: Path, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -192,28 +112,6 @@ def table(document: dict[str, Any]) -> str:
 def cells(tokens: Sequence[int], widths: Sequence[int] = WIDTHS, **common: Any) -> list[Cell]:
     """All combinations, with what is common to them."""
     return [Cell(width, count, **common) for width, count in itertools.product(widths, tokens)]
-
-
-def chosen() -> str:
-    """Which kernel torch takes for attention without weights and with them, by card: from `bench.cards`."""
-    forms = [form for form, function in FORMS.items() if function is not by_score]
-    lines = []
-    for (name, card), width in itertools.product(CARDS.items(), WIDTHS):
-        line = [f"{name}, {card.name}", str(width)]
-        for form in forms:
-            asked = given(form, example(Cell(width, TOKENS[0], dtype="fp16", device="meta")))
-            assert asked is not None
-            (query, key, value), options = asked
-            found = attention_kernel(card, query, key, value, options.get("attn_mask"))
-            made_for = next(w for w in FLASH_WIDTHS if w >= query.shape[-1])
-            line.append(f"{found}, made for {made_for}" if found == "flash" else found)
-        lines.append(line)
-    setting = (
-        f"As torch {TORCH} decides for half precision without gradients, read from its source: no card was asked. "
-        "Flash is made for heads of some widths, and others run as the next of these."
-    )
-    heads = ["card", "channels of a head", *forms]
-    return "\n\n".join([setting, tabulate(lines, heads, tablefmt="github", disable_numparse=True)])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

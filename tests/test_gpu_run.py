@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import documents, gpu, latency, measure, models, quality, report, weights
+from bench import attention, documents, gpu, latency, measure, models, quality, report, weights
 from bench.cells import Cell, Task, suite
 from tome_fx import ops
 
@@ -163,8 +163,8 @@ def without_flex(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def by_score(*inputs: Any) -> Any:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(weights, "by_score", by_score)
-    monkeypatch.setitem(weights.FORMS, "FlexAttention", by_score)
+    monkeypatch.setattr(attention, "by_score", by_score)
+    monkeypatch.setitem(attention.FORMS, "FlexAttention", by_score)
 
 
 @pytest.mark.usefixtures("without_flex")
@@ -187,7 +187,7 @@ def test_weights_go_on_where_they_were_stopped_and_become_a_table(
     assert measured == [str(SMALL[0]), str(SMALL[1]), str(SMALL[1])]
     assert document == documents.read(path)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in weights.table(document).splitlines()[2:]]
-    assert [line[:3] for line in lines] == [[str(c.width), "16", form] for c in SMALL for form in weights.FORMS]
+    assert [line[:3] for line in lines] == [[str(c.width), "16", form] for c in SMALL for form in attention.FORMS]
     assert [line[3] for line in lines[:4]] == ["flash", "flash", "flash", "its own"]
     assert lines[3][4:6] == [measure.OUT_OF_MEMORY, ""]
     assert all(float(line[4]) > 0 and line[5].endswith(")") for line in lines[1:3])
@@ -199,16 +199,16 @@ def test_weights_go_on_where_they_were_stopped_and_become_a_table(
 def test_every_form_of_weights_computes_the_same(tmp_path: Path) -> None:
     (entry,) = weights.run(SMALL[:1], tmp_path / "weights.json", 1)["cells"]
     errors = {form: row["relative_error"] for form, row in entry["rows"].items()}
-    assert errors.pop(weights.PLAIN) is None
+    assert errors.pop(attention.PLAIN) is None
     assert len(errors) == 3
     assert all(error < 1e-5 for error in errors.values())
     with torch.no_grad():
         inputs = weights.example(SMALL[0])
-        assert not torch.allclose(weights.plain(*inputs), weights.by_mask(*inputs), rtol=1e-2)
+        assert not torch.allclose(attention.plain(*inputs), attention.by_mask(*inputs), rtol=1e-2)
 
 
 def test_the_kernels_of_cards_are_told_of_each_form() -> None:
-    lines = weights.chosen().splitlines()[4:]
+    lines = attention.chosen().splitlines()[4:]
     rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line.split("|")[3:-1] for line in lines}
     kernels = {(card.split(",")[0], int(width)): [cell.strip() for cell in row] for (card, width), row in rows.items()}
     assert len(kernels) == 12
@@ -217,16 +217,11 @@ def test_the_kernels_of_cards_are_told_of_each_form() -> None:
     assert kernels["sm_90", 80] == ["cudnn"] * 3
 
 
-def test_what_is_computed_is_written_where_a_page_has_its_markers(monkeypatch: pytest.MonkeyPatch) -> None:
-    page, pages = Path("docs/kernels.md"), report.pages(report.ROOT)
-    empty = {page: "<!-- bench:attention-kernels -->\n<!-- /bench:attention-kernels -->\n"}
-    monkeypatch.setattr(report, "ROOT", Path())
-    monkeypatch.setattr(report, "pages", lambda root: pages | empty)
-    with pytest.raises(SystemExit, match=r"docs/kernels\.md: out of date"):
+def test_a_page_with_other_kernels_than_those_of_cards_is_out_of_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = report.fill(report.pages(report.ROOT), "attention-kernels", attention.chosen().replace("cudnn", "flash"))
+    monkeypatch.setattr(report, "pages", lambda root: texts)
+    with pytest.raises(SystemExit, match=r"^docs/cuda\.md: out of date"):
         report.main(argparse.Namespace(check=True))
-    filled = report.fill(empty, "attention-kernels", weights.chosen())
-    monkeypatch.setattr(report, "pages", lambda root: pages | filled)
-    report.main(argparse.Namespace(check=True))
 
 
 XML = """<testsuites><testsuite>

@@ -169,6 +169,7 @@ def test_in_low_precision_a_unet_by_a_channel_is_as_near_to_float32_as_by_a_mask
         ("cuda", torch.float64, (8, 0), False),
         ("cuda", torch.float16, (9, 0), False),  # cuDNN takes a mask
         ("cuda", torch.float16, (10, 0), False),
+        ("cuda", torch.float16, (12, 0), True),
         ("cuda", torch.float16, (7, 5), False),  # there is no FlashAttention to lose
         ("cpu", torch.float16, (8, 0), False),
         ("mps", torch.float16, (8, 0), False),
@@ -182,6 +183,14 @@ def test_a_channel_is_taken_where_a_mask_would_cost_flash_attention(
     assert faster_as_channel(torch.device(device), dtype, 40) is expected
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert not faster_as_channel(torch.device(device), dtype, 40)
+
+
+@pytest.mark.parametrize("width, expected", [(40, False), (120, False), (160, True), (192, False)])
+def test_where_cudnn_has_kernels_a_channel_is_for_heads_that_are_too_wide_for_them(
+    width: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda asked: (9, 0))
+    assert faster_as_channel(torch.device("cuda"), torch.float16, width) is expected
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bench import cuda_code
 from bench.cards import CARDS, attention_kernel
 from bench.cases import STOCK
-from bench.code import best, counted
+from bench.code import best, counted, launches
 from bench.cuda_code import MODULE, Kernel, build, unavailable, write
 from cuda_code.cases import RECORD, Case, cards, cases, differences
 
@@ -64,6 +64,16 @@ def test_what_is_recorded_is_what_is_compiled(recorded: dict[str, Any]) -> None:
     assert {card: list(rows) for card, rows in recorded.items()} == {
         card: [str(case) for case in cases(card)] for card in CARDS
     }
+
+
+@pytest.mark.parametrize("card, side", [*((card, 64) for card in CARDS), ("sm_90", 128)])
+def test_a_site_of_stable_diffusion_adds_at_most_ten_launches_however_large(
+    card: str, side: int, recorded: dict[str, Any]
+) -> None:
+    stock, ours = (recorded[card][str(Case("sd15", form, (side, side)))] for form in (STOCK, "default"))
+    assert launches(ours) - launches(stock) <= 10
+    assert ours["aten"].keys() - stock["aten"].keys() == {"_embedding_bag_forward_only"}
+    assert ours["gemm"].keys() - stock["gemm"].keys() == {"bmm"}
 
 
 class Planted(nn.Module):

@@ -2,15 +2,16 @@
 
 NOTE [Weights as a channel]
 The logarithm of a slot's size is added to the scores of its key. A mask does that, and some of a GPU's kernels take
-none: before compute capability 9.0 a mask costs FlashAttention, and from there on cuDNN's kernels take one. A channel
-does it as well: with one more of a constant c in the queries, and log(size) / (c * scale) in the keys, their product is
-the same sum. It is exact to the rounding of one number, as the mask is; c is a power of two near 1 / scale, so that no
-other rounding comes in. Values get a channel of zeros, which is cut off, for FlashAttention wants equal widths.
+none: a mask costs FlashAttention. On devices of compute capability 9.x and 10.x torch takes cuDNN's kernels, which take
+a mask, for heads of up to 128 channels. A channel does it as well: with one more of a constant c in the queries, and
+log(size) / (c * scale) in the keys, their product is the same sum. It is exact to the rounding of one number, as the
+mask is; c is a power of two near 1 / scale, so that no other rounding comes in. Values get a channel of zeros, which is
+cut off, for FlashAttention wants equal widths.
 
 FlashAttention's kernels are made for heads of 32, 64, 96, 128, 192 and 256 channels, and others run as the next of
 these. So the channel is free where it is one of those that would be filled up anyway: for heads of 40, 80 and 160, as
-Stable Diffusion 1 has them, and not for those of 64. The rule: a channel on a CUDA device of capability 8.x, for half
-precision, where the head stays within its kernel; a mask everywhere else.
+Stable Diffusion 1 has them, and not for those of 64. The rule: a channel on a CUDA device of capability 8.0 or above,
+for half precision, where cuDNN has no kernel and the head stays within that of FlashAttention; a mask everywhere else.
 
 Source of the channel: "FlashBias" (2025), arXiv 2505.12044.
 """
@@ -163,6 +164,7 @@ def _widen(tensors: tuple[Tensor, ...], channels: tuple[Tensor | float, ...]) ->
 
 
 FLASH_WIDTHS = (32, 64, 96, 128, 192, 256)
+CUDNN, CUDNN_WIDTH = (9, 10), 128  # the compute capabilities, in their major number, and the widest head
 
 
 def _widened(width: int) -> int:
@@ -176,7 +178,9 @@ def faster_as_channel(device: torch.device, dtype: torch.dtype, width: int) -> b
     if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
         return False
     kernels = [next((w for w in FLASH_WIDTHS if w >= size), None) for size in (width, _widened(width))]
-    return torch.cuda.get_device_capability(device)[0] == 8 and None not in kernels and len(set(kernels)) == 1
+    major = torch.cuda.get_device_capability(device)[0]
+    by_flash = major >= 8 and not (major in CUDNN and width <= CUDNN_WIDTH)
+    return by_flash and None not in kernels and len(set(kernels)) == 1
 
 
 def _is_plain(attention: Any) -> bool:
