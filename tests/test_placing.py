@@ -119,3 +119,30 @@ def test_what_is_merged_along_a_line_is_the_mean_of_each_slot_and_comes_back(pic
     assert torch.equal(found.slot.gather(1, stands), torch.arange(merged.shape[1]).expand(2, -1).int())
     destinations = destinations_of(Tiles.of(1, count, 4, 1, 16, 3, line.device))
     assert set(line[list(destinations)].tolist()) <= set(stands[0].tolist())
+
+
+def test_text_before_the_grid_is_alone_in_its_slots() -> None:
+    x, text = tokens(2, 64), tokens(2, 5) + 1
+    found = ops.match(x, 8, 8, kept=20, sx=2, sy=2, seed=3)
+    joined = ops.after_text(found, text)
+    assert joined is not None
+    assert [part.dtype for part in joined] == 3 * [torch.int32]
+    sequence = torch.cat([text, x], dim=1)
+    merged = ops.merge(sequence, joined)
+    assert torch.equal(merged, torch.cat([text, ops.merge(x, found)], dim=1))
+    expected = torch.cat([text, ops.unmerge(ops.merge(x, found), found)], dim=1)
+    assert torch.equal(ops.unmerge(merged, joined), expected)
+    assert ops.after_text(None, text) is None
+
+
+@pytest.mark.parametrize("count, kept", [(5, 20), (4, 20), (3, 20), (5, 19)])
+def test_weights_after_text_are_none_for_the_text_and_lie_in_memory_as_masks_must(count: int, kept: int) -> None:
+    x, text = tokens(2, 64), tokens(2, count)
+    found = ops.match(x, 8, 8, kept=kept, sx=2, sy=2, seed=3)
+    for dtype in (torch.float32, torch.float16):
+        weights, own = ops.log_sizes_after_text(text.to(dtype), found), ops.log_sizes(x.to(dtype), found)
+        assert weights is not None
+        assert own is not None
+        assert torch.equal(weights, torch.cat([torch.zeros(2, 1, count, dtype=dtype), own], dim=2))
+        assert weights.stride(0) % 8 == 0
+    assert ops.log_sizes_after_text(text, None) is None

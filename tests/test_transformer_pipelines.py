@@ -1,4 +1,4 @@
-"""A transformed transformer makes in diffusers' pipelines what the stock model with a patch around its blocks makes.
+"""A transformed transformer makes in diffusers' pipelines what the stock model with a patch makes, in every scope.
 
 With a ratio of 0 no bit changes. Prompts are given as embeddings and pictures are left as latents, so that a pipeline
 is its transformer, a scheduler, and where a picture goes in a small autoencoder.
@@ -130,6 +130,7 @@ def of_qwen(change: Change) -> tuple[Any, dict[str, Any]]:
 
 
 PIPELINES = {name.removeprefix("of_"): value for name, value in list(globals().items()) if name.startswith("of_")}
+scopes = pytest.mark.parametrize("scope", [{"merge_block": True}, {"merge_block": False}], ids=["blocks", "attention"])
 ON_ONE_GRID = [name for name in PIPELINES if name != "kontext"]  # which the oracle knows
 
 
@@ -151,26 +152,32 @@ def latents(pipe: Any, call: dict[str, Any], **options: Any) -> Tensor:
 
 
 def merged(ratio: float = 0.5, **options: Any) -> Change:
-    return lambda model: tome_fx.transform(model, ratio, merge_block=True, use_rand=False, **options)
+    return lambda model: tome_fx.transform(model, ratio, use_rand=False, **options)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_pipeline_makes_the_stock_picture_at_ratio_0_and_another_with_merged_tokens(name: str) -> None:
+@scopes
+def test_a_pipeline_makes_the_stock_picture_at_ratio_0_and_another_with_merged_tokens(
+    scope: dict[str, Any], name: str
+) -> None:
     stock = latents(*PIPELINES[name](copy.copy))
-    assert torch.equal(latents(*PIPELINES[name](merged(0))), stock)
-    result = latents(*PIPELINES[name](merged()))
+    assert torch.equal(latents(*PIPELINES[name](merged(0, **scope))), stock)
+    result = latents(*PIPELINES[name](merged(**scope)))
     assert relative_error(result, stock) > 1e-4
 
 
 @pytest.mark.parametrize("name", ON_ONE_GRID)
-def test_a_pipeline_makes_the_picture_that_a_plain_patch_makes(name: str) -> None:
-    result, expected = latents(*PIPELINES[name](merged())), latents(*PIPELINES[name](patched))
-    assert relative_error(result, expected) < 1e-5
+@scopes
+def test_a_pipeline_makes_the_picture_that_a_plain_patch_makes(scope: dict[str, Any], name: str) -> None:
+    result = latents(*PIPELINES[name](merged(**scope)))
+    expected = latents(*PIPELINES[name](lambda model: patched(model, **scope)))
+    assert relative_error(result, expected) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "qwen"])
-def test_a_schedule_sets_the_ratio_through_the_pipelines_callback(name: str) -> None:
-    pipe, call = PIPELINES[name](merged())
+@scopes
+def test_a_schedule_sets_the_ratio_through_the_pipelines_callback(scope: dict[str, Any], name: str) -> None:
+    pipe, call = PIPELINES[name](merged(**scope))
     schedule = tome_fx.RatioSchedule({0: 0, 0.5: 0.75}, pipe.transformer)
     seen: list[float] = []
 
@@ -182,4 +189,4 @@ def test_a_schedule_sets_the_ratio_through_the_pipelines_callback(name: str) -> 
     first = latents(pipe, call, callback_on_step_end=watched)
     assert seen == [0, 0.75, 0]
     assert torch.equal(latents(pipe, call, callback_on_step_end=watched), first)
-    assert relative_error(first, latents(*PIPELINES[name](merged(0)))) > 1e-5
+    assert relative_error(first, latents(*PIPELINES[name](merged(0, **scope)))) > 1e-5

@@ -188,8 +188,8 @@ def flattened(result: Any) -> Tensor:
 def patched(model: Any, ratio: float = 0.5, **options: Any) -> Any:
     """A copy of the model that merges as `transform` of the same options does, without a graph: the oracle.
 
-    Each block is called for one image after another, with tables that are that image's own, by a `__call__` around it.
-    The slot map is `ops.match`'s; the rest is written out. Grids are 8 x 8 tokens, and `tile` at least that.
+    Each block, or each part of it, is called for one image after another, with tables that are that image's own, by a
+    `__call__` around it. The slot map is `ops.match`'s; the rest is written out. Grids are square.
     """
     result, plan = copy.deepcopy(model), Plan(ratio, **{"use_rand": False, "merge_block": True, **options})
     if not plan.matches:
@@ -197,7 +197,13 @@ def patched(model: Any, ratio: float = 0.5, **options: Any) -> Any:
     seen: dict[str, Any] = {}
     sites = family_of(model).merged_sites(model, plan)
     for site in sites:
-        _wrap(result.get_submodule(site.path), plan, seen, first=site is sites[0])
+        block = result.get_submodule(site.path)
+        if plan.merge_block:
+            _wrap(block, plan, seen, first=site is sites[0])
+            continue
+        for name in _parts(block, plan):
+            _wrap_part(block, name, plan, seen)
+        _wrap_match(block, plan, seen, first=site is sites[0])
     return result
 
 
@@ -226,6 +232,70 @@ def _wrap(block: Any, plan: Plan, seen: dict[str, Any], *, first: bool) -> None:
         return text, ops.changed(tokens, merged, torch.cat(images), slots)
 
     block.__class__ = type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+
+
+def _parts(block: Any, plan: Plan) -> list[str]:
+    """The modules of a block that the plan merges around."""
+    if type(block).__name__ == "BasicTransformerBlock":
+        parts = {"attn1": plan.merge_attn, "attn2": plan.merge_crossattn, "ff": plan.merge_mlp}
+        return [name for name, wanted in parts.items() if wanted]
+    return ["attn"] if getattr(block, "attn2", None) is None else ["attn", "attn2"]
+
+
+def _wrap_match(block: Any, plan: Plan, seen: dict[str, Any], *, first: bool) -> None:
+    cls = type(block)
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen["tokens"] = tokens = args[0] if args else kwargs["hidden_states"]
+        if first or not plan.share_match:
+            seen["slots"] = _match(tokens, plan)
+        return cls.__call__(self, *args, **kwargs)
+
+    block.__class__ = type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+
+
+def _wrap_part(block: Any, name: str, plan: Plan, seen: dict[str, Any]) -> None:
+    """Merge the tokens of the image, which come last, around a module of a block, and unmerge what is made of them."""
+    module, kind = block.get_submodule(name), type(block)
+    cls = type(module)
+    weighed = plan.prop_attn is not False and name in ("attn", "attn1")
+
+    def __call__(self: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+        (slots, places), tokens = seen["slots"], seen["tokens"]
+        text = hidden_states.shape[1] - tokens.shape[1]
+        merged = ops.merge(hidden_states[:, text:], slots)
+        outputs = []
+        for b in range(len(tokens)):
+            given = torch.cat([hidden_states[b : b + 1, :text], merged[b : b + 1]], dim=1)
+            own = {key: _of_image(key, value, b, places[b], tokens) for key, value in kwargs.items()}
+            if weighed:
+                sizes = torch.bincount(slots.slot[b], minlength=merged.shape[1]).to(tokens.dtype).log()
+                before = own.get("encoder_hidden_states")
+                length = text if before is None else before.shape[1]
+                own |= _weights_of_attention(kind, block, sizes, length)
+            if not plan.merge_queries:
+                outputs.append(cls.__call__(self, hidden_states[b : b + 1], **{**own, "encoder_hidden_states": given}))
+                continue
+            found = cls.__call__(self, given, **own)
+            parts = [found] if isinstance(found, Tensor) else list(found)
+            for place in range(0, len(parts), 2):  # of text and image it returns the image, the text, and more of it
+                part = parts[place]
+                parts[place] = torch.cat([part[:, :text], part[:, text:][:, slots.slot[b]]], dim=1)
+            outputs.append(parts[0] if isinstance(found, Tensor) else tuple(parts))
+        if isinstance(outputs[0], Tensor):
+            return torch.cat(outputs)
+        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+    module.__class__ = type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+
+
+def _weights_of_attention(kind: type[nn.Module], block: Any, sizes: Tensor, text: int) -> dict[str, Any]:
+    """The arguments that weigh merged tokens in attention of a kind of block, after so many tokens of text."""
+    if kind.__name__ == "BasicTransformerBlock":
+        return {"attention_mask": sizes[None, None].repeat(block.attn1.heads, 1, 1)}
+    if kind.__name__.startswith("Flux"):
+        return {"attention_mask": torch.cat([sizes.new_zeros(text), sizes])[None, None, None]}
+    return {}
 
 
 def _names(cls: type[nn.Module]) -> list[str]:
@@ -261,6 +331,10 @@ def _of_image(name: str, value: Any, image: int, places: Tensor, tokens: Tensor)
             rows = torch.cat([torch.arange(text), places + text])
             return first[rows], second[rows]
         return first[places], second
+    if isinstance(value, dict):
+        return {key: _of_image(key, item, image, places, tokens) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_of_image(name, item, image, places, tokens) for item in value]
     if isinstance(value, Tensor) and len(value) == len(tokens):
         return value[image : image + 1]
     return value

@@ -36,6 +36,7 @@ class Facts:
         packed: Latents per token along a side, where tokens are what is put in; None for the config's `patch_size`.
         calls: Functions that the model's graph calls instead of entering them.
         reads: Attributes that the model reads of its blocks.
+        cannot: Settings of the config with which a model cannot have merged tokens, each with the reason.
     """
 
     inputs: Callable[..., dict[str, Any]]
@@ -54,6 +55,7 @@ class Facts:
     packed: int | None = None
     calls: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    cannot: tuple[tuple[str, str], ...] = ()
 
     def downsample(self, model: nn.Module) -> int:
         """Latents per token along a side."""
@@ -127,6 +129,7 @@ FACTS: dict[str, Facts] = {
         unweighed="takes no mask but that of the text, and merged tokens would be weighed by one",
         packed=transformer_inputs.PACKED,
         calls=("compute_text_seq_len_from_mask",),
+        cannot=(("zero_cond_t", "its forward goes through the sizes of pictures one by one, which no graph can"),),
     ),
 }
 

@@ -79,11 +79,8 @@ def weights_after_text(
         places: From `ops.places`.
         text: `[B, T, C]`, the tokens of text, which come before the image's.
     """
-    sizes = ops.log_sizes(text, slots)
-    if sizes is None:
-        return options
-    mask = torch.cat([sizes.new_zeros(*sizes.shape[:2], text.shape[1]), sizes], dim=2)
-    return {**(options or {}), "attention_mask": mask[:, None]}
+    mask = ops.log_sizes_after_text(text, slots)
+    return options if mask is None else {**(options or {}), "attention_mask": mask[:, None]}
 
 
 def weights_after_text_where_taken(

@@ -1,7 +1,7 @@
-"""Diffusion transformers: whole blocks run on merged tokens, by the graph of the model's own forward.
+"""Diffusion transformers: attention or whole blocks run on merged tokens, by the graph of the model's own forward.
 
-What differs between models is data (facts.py). The blocks are left as they are, so that adapters, processors, hooks and
-compilation by blocks are none of merging's business.
+What differs between models and their blocks is data (facts.py, blocks.py). Where whole blocks are merged they are left
+as they are, so that adapters, processors, hooks and compilation by blocks are none of merging's business.
 """
 
 import importlib
@@ -13,17 +13,19 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
+from tome_fx.families.blocks import BLOCKS, Block
 from tome_fx.families.facts import CANNOT, FACTS, Facts
 from tome_fx.families.levels import Level
-from tome_fx.families.refusals import CheckMergedStack
+from tome_fx.families.refusals import CheckBlock, CheckMergedStack, CheckStack
 from tome_fx.families.sites import Site
-from tome_fx.families.weights import WeighingProcessor, why_unweighed_by_default
+from tome_fx.families.unet import register_for_layer_skipping
+from tome_fx.families.weights import WEIGH, WeighingProcessor, why_unweighed_by_default
 from tome_fx.graph.calls import positional
-from tome_fx.graph.rewrite import StackPass
+from tome_fx.graph.rewrite import MatchPass, MergePass, StackPass
 from tome_fx.graph.scopes import Matching, Scope, Stack
-from tome_fx.graph.specialize import specialize
+from tome_fx.graph.specialize import Check, Pass, specialize
 from tome_fx.graph.structure import kind
-from tome_fx.plan import MERGING, Plan, TransformError
+from tome_fx.plan import MERGING, PARTS, Plan, TransformError
 
 NAMES = tuple(FACTS)
 EXAMPLE = 16  # latents along a side of the image that is traced first; any would do
@@ -99,12 +101,13 @@ def levels(model: nn.Module, plan: Plan) -> list[Level]:
 
 
 def merged_around(plan: Plan) -> tuple[str, ...]:
-    """What the plan merges around, in words."""
-    return ("block",)
+    """What the plan merges around, in words: parts of a block, or the block."""
+    parts = tuple(part.removeprefix("merge_") for part in PARTS if getattr(plan, part))
+    return ("block",) if plan.merge_block else parts
 
 
 def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]]:
-    """The new class of the model itself, by its path, which is empty.
+    """The new class of the model itself, whose path is empty, and of its blocks where parts of them are merged.
 
     Raises:
         TransformError: The plan asks for what transformers cannot do, or the model cannot be traced.
@@ -112,10 +115,35 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
     """
     facts = _facts(model)
     blocks = tuple(site.block for site in merged_sites(model, plan))
-    stack = Stack(
+    stack = _stack(model, facts, blocks, plan)
+    matching = Matching(plan.sx, plan.sy, plan.cell_seed, plan.tile, once=plan.share_match)
+    rewrite: Pass = MatchPass(stack, matching)
+    check: Check = CheckStack(blocks)
+    if plan.merge_block:
+        rewrite = StackPass(stack, matching, facts.weigh_blocks(plan.prop_attn))
+        check = CheckTransformer(blocks, facts.attention, bool(plan.prop_attn))
+    classes = {} if plan.merge_block else {block: _rewritten_block(model, block, facts, plan) for block in blocks}
+    register_for_layer_skipping(set(classes.values()))
+    inputs = example_inputs(model, EXAMPLE, EXAMPLE, device="meta")
+    classes[""] = specialize(
+        model,
+        rewrite,
+        example={**{name: kind(value) for name, value in inputs.items()}, "return_dict": False},  # as pipelines call it
+        calls=facts.calls,
+        reads=facts.reads,
+        check=check,
+    )
+    return classes
+
+
+def _stack(model: nn.Module, facts: Facts, blocks: tuple[str, ...], plan: Plan) -> Stack:
+    """The blocks of the model, as a pass for the whole of them or for what they hand on to their parts needs them."""
+    modules = [model.get_submodule(block) for block in blocks]
+    known = [] if plan.merge_block else [_known(module, block) for module, block in zip(modules, blocks, strict=True)]
+    return Stack(
         blocks,
         tokens="hidden_states",
-        arguments=tuple(positional(model.get_submodule(block)) for block in blocks),
+        arguments=tuple(map(positional, modules)),
         image=facts.image,
         grid=facts.grid,
         grid_arguments=() if facts.line else (facts.downsample(model),),
@@ -124,27 +152,33 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
         result=facts.result_of(model),
         adapted=facts.adapted_for(plan.prop_attn),
         weights=facts.weights,
-        per_token=facts.per_token,
-        option="merge_block",
+        per_token=facts.per_token if plan.merge_block or facts.weigh else (),  # other blocks refuse for themselves
+        option="merge_block" if plan.merge_block else "merge_attn",
         skips=True,  # as skip_layers of Stable Diffusion 3 does
+        texts=tuple(kind_of_block.text for kind_of_block in known),
     )
-    matching = Matching(plan.sx, plan.sy, plan.cell_seed, plan.tile, once=plan.share_match)
-    inputs = example_inputs(model, EXAMPLE, EXAMPLE, device="meta")
-    cls = specialize(
-        model,
-        StackPass(stack, matching, facts.weigh_blocks(plan.prop_attn)),
-        example={**{name: kind(value) for name, value in inputs.items()}, "return_dict": False},  # as pipelines call it
-        calls=facts.calls,
-        reads=facts.reads,
-        check=CheckTransformer(blocks, facts.attention, bool(plan.prop_attn)),
+
+
+def _rewritten_block(model: nn.Module, path: str, facts: Facts, plan: Plan) -> type[nn.Module]:
+    """The new class of a block in parts of which tokens are merged."""
+    block = model.get_submodule(path)
+    known = _known(block, path)
+    scopes = known.scopes_in(block, plan)
+    weigh = WEIGH[plan.prop_attn][0] if facts.weights else None
+    return specialize(
+        block,
+        MergePass(scopes, plan.merge_queries, weigh),
+        example=known.example,
+        calls=("_chunked_feed_forward",),
+        counts=known.counts,
+        check=CheckBlock(scopes, plan.merge_queries, weigh=bool(plan.prop_attn)),
     )
-    return {"": cls}
 
 
 def weighing_processors(model: nn.Module, plan: Plan) -> dict[str, WeighingProcessor]:
     """Processors for self-attention that has diffusers' own and weighs merged tokens, by its path in the model."""
     facts = _facts(model)
-    if plan.prop_attn is False or facts.weights is None:
+    if plan.prop_attn is False or facts.weights is None or not (plan.merge_attn or plan.merge_block):
         return {}
     paths = [f"{path}.{facts.attention[0]}" for path in _blocks(model, facts)]
     own = [path for path in paths if type(getattr(model.get_submodule(path), "processor", None)) is AttnProcessor2_0]
@@ -202,6 +236,15 @@ def _facts(model: nn.Module) -> Facts:
     return next(facts for name, facts in FACTS.items() if name in _names_in_diffusers(model))
 
 
+def _known(block: nn.Module, path: str) -> Block:
+    for name in _names_in_diffusers(block) & BLOCKS.keys():
+        return BLOCKS[name]
+    raise TransformError(
+        f"parts of a block are merged in {', '.join(BLOCKS)}, and {path} is a {type(block).__name__}: pass "
+        "merge_block=True, which merges around whole blocks"
+    )
+
+
 def _blocks(model: nn.Module, facts: Facts) -> Iterator[str]:
     for name in facts.blocks:
         for number, _ in model.get_submodule(name).named_children():
@@ -210,10 +253,12 @@ def _blocks(model: nn.Module, facts: Facts) -> Iterator[str]:
 
 def _refuse_options(model: nn.Module, facts: Facts, plan: Plan) -> None:
     name = type(model).__name__
+    config: Any = model.config
+    for setting, reason in facts.cannot:
+        if value := config.get(setting):
+            raise TransformError(f"{name} with {setting}={value!r} cannot have merged tokens: {reason}")
     if not plan.merge_block:
-        raise TransformError(
-            f"{name} is a transformer, in which whole blocks can be merged and no parts of them: pass merge_block=True"
-        )
+        _refuse_parts(model, facts, plan)
     if plan.max_downsample is not None:
         raise ValueError(
             f"max_downsample={plan.max_downsample!r} does nothing in {name}, whose tokens are all of one level; "
@@ -221,3 +266,21 @@ def _refuse_options(model: nn.Module, facts: Facts, plan: Plan) -> None:
         )
     if plan.prop_attn and facts.unweighed:
         raise TransformError(f"attention of {name} {facts.unweighed}: prop_attn=True cannot be served. Leave it out")
+
+
+def _refuse_parts(model: nn.Module, facts: Facts, plan: Plan) -> None:
+    """Refuse parts that blocks do not have, or that cannot be merged by themselves."""
+    name = type(model).__name__
+    scopes = [scope for path in _blocks(model, facts) for scope in _known(model.get_submodule(path), path).scopes]
+    there = sorted({scope.option for scope in scopes})
+    for option in PARTS:
+        if getattr(plan, option) and option not in there:
+            raise ValueError(
+                f"{option}=True does nothing in {name}, in whose blocks tokens are merged by {', '.join(there)} alone; "
+                "leave it out, or pass merge_block=True, which merges around whole blocks"
+            )
+    if not plan.merge_queries and not any(scope.keys for scope in scopes):
+        raise TransformError(
+            f"attention of {name} takes keys and values from the tokens that attend: merge_queries=False cannot be "
+            "served. Leave it out"
+        )

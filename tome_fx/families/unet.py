@@ -1,5 +1,6 @@
 """UNets and ControlNets: where their image tokens are, what of them is copied, and how their blocks are rewritten."""
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -144,7 +145,7 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
         for site in find_sites(model)
         if not plan.merge_block
     }
-    _register_for_layer_skipping(set(classes.values()))
+    register_for_layer_skipping(set(classes.values()))
     matching = Matching(plan.sx, plan.sy, plan.cell_seed, plan.tile, once=plan.share_match)
     for path in dict.fromkeys(site.transformer for site in chosen):
         blocks = tuple(site.block for site in chosen if site.transformer == path)
@@ -156,7 +157,7 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
             grid=ops.grid_of,
             ratio=f"{MERGING}.ratio",
             weights="attention_mask",
-            per_token=("attention_mask", "cross_attention_kwargs.ip_adapter_masks"),
+            per_token=("attention_mask", "cross_attention_kwargs.ip_adapter_masks") if plan.merge_block else (),
             option="merge_block",
         )
         classes[path] = specialize(
@@ -208,20 +209,18 @@ def placed_by_users(model: nn.Module) -> Iterator[object]:
                 yield value
 
 
-def _register_for_layer_skipping(classes: Iterable[type[nn.Module]]) -> None:
+def register_for_layer_skipping(classes: Iterable[Any]) -> None:
     """Enter rewritten blocks where diffusers' layer skipping looks up what a block takes and returns.
 
-    That register is private to diffusers: where there is none, or another, layers of a transformed model cannot be
-    skipped, and all else works.
+    That register is private to diffusers: where there is none, or another, or the block itself is not known there,
+    layers of a transformed model cannot be skipped, and all else works.
     """
-    try:
-        from diffusers.hooks._helpers import TransformerBlockRegistry
+    for cls in classes:
+        with contextlib.suppress(ImportError, AttributeError, TypeError, ValueError):
+            from diffusers.hooks._helpers import TransformerBlockRegistry
 
-        known = TransformerBlockRegistry.get(BasicTransformerBlock)
-        for cls in classes:
+            known = TransformerBlockRegistry.get(cls.original)
             TransformerBlockRegistry.register(cls, replace(known, _cached_parameter_indices=None))
-    except (ImportError, AttributeError, TypeError, ValueError):
-        return
 
 
 def _stages(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:

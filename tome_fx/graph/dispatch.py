@@ -45,8 +45,9 @@ def dispatcher(cls: Any, graph: fx.Graph, method_for: Callable[..., str]) -> typ
         if name not in own
     ]
     parameters = _with_added(list(own.values()), added)
-    kinds = "".join(f"{_kind_call(p)}, " for p in own.values())
+    kinds = "".join(f"{_kind_call(p, structure.half)}, " for p in own.values())
     settings = "".join(f"_setting(self.{name}), " for name in structure.plain)
+    settings += "".join(f"_counts[{i}](self.{name}), " for i, (name, _) in enumerate(structure.counts))
     source = (
         f"def forward(self, {_parameter_list(parameters)}):\n"
         + (f"    _check(self, {', '.join(p.name for p in added)})\n" if check else "")
@@ -54,6 +55,7 @@ def dispatcher(cls: Any, graph: fx.Graph, method_for: Callable[..., str]) -> typ
         f"    return getattr(self, _method)({', '.join(placeholders)})\n"
     )
     names = {"_kind": kind, "_setting": setting, "_method_for": method_for, "_check": check, "_cls": cls}
+    names["_counts"] = tuple(count for _, count in structure.counts)
     forward = compiled(source, names, f"{structure.base.__name__}.forward")
     defaults = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
     by_name = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
@@ -84,9 +86,10 @@ def _parameter_list(parameters: list[Parameter]) -> str:
     return ", ".join(heads)
 
 
-def _kind_call(parameter: Parameter) -> str:
+def _kind_call(parameter: Parameter, half: bool) -> str:
     of_many = parameter.kind is Parameter.VAR_POSITIONAL
-    return f"_kind(dict(enumerate({parameter.name})))" if of_many else f"_kind({parameter.name})"
+    value = f"dict(enumerate({parameter.name}))" if of_many else parameter.name
+    return f"_kind({value}{', half=True' if half else ''})"
 
 
 def compiled(source: str, names: dict[str, Any], title: str) -> types.FunctionType:

@@ -15,6 +15,22 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
+def returning(count: int, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module that is known to return so many values; a node of rewritten graphs.
+
+    Raises:
+        TransformError: It returns another number of them, which the rest of the graph was not made for.
+    """
+    results = module(*args, **kwargs)
+    if len(results) != count:
+        processor = type(getattr(module, "processor", module))
+        raise TransformError(
+            f"{processor.__module__}.{processor.__qualname__} returned {len(results)} values where {count} were "
+            "expected: merging in parts of a block cannot follow it. Leave it out, or merge whole blocks"
+        )
+    return results
+
+
 def refused_if_merged(
     argument: Any, slots: ops.SlotMap | None, name: str, module: str, option: str, key: str = ""
 ) -> Any:

@@ -34,9 +34,9 @@ class MatchPass:
         """Change the graph in place.
 
         Raises:
-            TransformError: A block of the stack is not called exactly once.
+            TransformError: A block of the stack is not called exactly once, or none is where a call may skip some.
         """
-        _require_one_call_each(graph, self.stack.blocks)
+        _require_calls_of_stack(graph, self.stack)
         insert_match(graph, self.stack, self.matching)
 
 
@@ -60,8 +60,7 @@ class StackPass:
         Raises:
             TransformError: A block of the stack is not called exactly once, or none is where a call may skip some.
         """
-        called = {call.module for call in calls_of(graph, self.stack.blocks)} if self.stack.skips else ()
-        _require_one_call_each(graph, tuple(called) or self.stack.blocks)
+        _require_calls_of_stack(graph, self.stack)
         insert_merge_of_blocks(graph, self.stack, self.matching, self.weigh)
 
 
@@ -105,14 +104,22 @@ def insert_match(graph: fx.Graph, stack: Stack, matching: Matching) -> int:
         x = self.block(tokens, slots=match)
 
     A block that is called through a function, which may pass positional arguments alone, gets its slot map as the last
-    of them.
+    of them. Arguments that a block hands on to what sees merged tokens are given to it for these.
 
     Returns:
         How many blocks were given a slot map.
     """
-    matched = _matched(graph, stack, matching)
+    matched, adapted = _matched(graph, stack, matching), _AdaptedArguments(stack)
+    texts = dict(zip(stack.blocks, stack.texts, strict=False))
+    of_both: dict[fx.Node, fx.Node] = {}  # slot maps of text and grid, by those of the grid
     for call, slots in matched:
-        call.append("slots", slots, _arguments(stack, call))
+        parameters, text = _arguments(stack, call), texts.get(call.module)
+        with graph.inserting_before(call.node):
+            _refuse_per_token(call, stack.per_token, parameters, slots, stack.option)
+            adapted.give(call, parameters, slots)
+            if text is not None and slots not in of_both:
+                of_both[slots] = graph.call_function(ops.after_text, (slots, call.given(text, parameters)))
+        call.append("slots", slots if text is None else of_both[slots], parameters)
     return len(matched)
 
 
@@ -351,11 +358,12 @@ def _weighed(
     return Call(attention, call.module, 1)
 
 
-def _results(node: fx.Node, place: int | None) -> list[fx.Node]:
-    """The nodes that are the tokens which a module returns, at this place of a tuple or alone."""
+def _results(node: fx.Node, place: int | tuple[int, ...] | None) -> list[fx.Node]:
+    """The nodes that are the tokens which a module returns, at these places of a tuple or alone."""
     if place is None:
         return [node]
-    return [user for user in node.users if user.target is operator.getitem and user.args[1] == place]
+    places = place if isinstance(place, tuple) else (place,)
+    return [user for user in node.users if user.target is operator.getitem and user.args[1] in places]
 
 
 def _replaced_after(node: fx.Node, function: Callable[..., object], arguments: tuple[fx.Node, ...]) -> fx.Node:
@@ -364,6 +372,11 @@ def _replaced_after(node: fx.Node, function: Callable[..., object], arguments: t
         result = node.graph.call_function(function, arguments)
     node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
     return result
+
+
+def _require_calls_of_stack(graph: fx.Graph, stack: Stack) -> None:
+    called = {call.module for call in calls_of(graph, stack.blocks)} if stack.skips else ()
+    _require_one_call_each(graph, tuple(called) or stack.blocks)
 
 
 def _require_one_call_each(graph: fx.Graph, modules: tuple[str, ...]) -> None:

@@ -76,6 +76,8 @@ class Stack:
             does not show the grid by its shape (NOTE [Tokens on a line]); None where it does.
         adapted: Arguments that are others where tokens are merged.
         skips: Whether a call may leave out some of the blocks.
+        texts: For each block, the name of its argument with tokens of text `[B, T, C]` that it puts before those of the
+            grid itself, as many in every block, so that it is handed a slot map of both; None where it does not.
     """
 
     blocks: tuple[str, ...]
@@ -92,6 +94,7 @@ class Stack:
     line: Callable[..., Tensor] | None = None
     adapted: tuple[Adapted, ...] = ()
     skips: bool = False
+    texts: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Scope:
     Args:
         module: Its name in the block.
         tokens: Name of its argument that holds the tokens `[B, N, C]`; by position it is the first.
-        result: Place of the tokens in the tuple that it returns; None where it returns them alone.
+        result: Place of the tokens in the tuple that it returns, or several; None where it returns them alone.
         keys: Name of the argument that takes tokens to attend to, where these are others than those that attend; None
             where there is none.
         weights: Name of the argument that takes the logarithms of the slots' sizes `[B, 1, K]`, to be added to the
@@ -112,7 +115,7 @@ class Scope:
 
     module: str
     tokens: str
-    result: int | None = None
+    result: int | tuple[int, ...] | None = None
     keys: str | None = None
     weights: str | None = None
     per_token: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ import torch
 from torch import fx, nn
 
 from tome_fx.graph.dispatch import compiled, copied, dispatcher, redecorated
-from tome_fx.graph.structure import Structure, kind
+from tome_fx.graph.structure import Count, Structure, kind
 from tome_fx.graph.trace import trace
 from tome_fx.plan import TransformError
 
@@ -85,6 +85,7 @@ def specialize(
     example: Mapping[str, Hashable],
     calls: tuple[str, ...] = (),
     reads: tuple[str, ...] = (),
+    counts: tuple[tuple[str, Count], ...] = (),
     check: Check | None = None,
 ) -> type[nn.Module]:
     """The class whose forward is the rewritten graph of `module`'s; `module` itself is untouched.
@@ -98,13 +99,14 @@ def specialize(
         example: A call to trace at once: the `kind` of each argument given, by name.
         calls: Functions that the graph calls instead of entering them; see `Structure`.
         reads: Attributes that the forward reads of its children; see `Structure.of`.
+        counts: Children whose results the forward counts; see `Structure`.
         check: Called before each forward with the module and the inputs that the pass added. Hashable as well.
 
     Raises:
         TransformError: From the trace or the pass, where it cannot serve the example.
     """
     base: Any = original(type(module))
-    structure = Structure.of(module, base, calls, reads)
+    structure = Structure.of(module, base, calls, reads, counts)
     kinds = tuple(example.get(p.name, _kind_of_default(p)) for p in structure.parameters)
     signature = kinds, structure.settings(module)
     key = (structure, rewrite, check)
@@ -192,9 +194,14 @@ def _rewritten(
         graph = trace(structure, kinds, settings)
     except Exception as error:
         call = ", ".join(f"{p.name}: {k}" for p, k in zip(structure.parameters, kinds, strict=True) if k is not None)
+        reason = str(error)
+        if isinstance(error, AttributeError) and isinstance(error.obj, structure.base):
+            reason = (
+                f"the module had no {error.name} when it was transformed: load what brings it first, then transform"
+            )
         raise TransformError(
             f"could not trace {structure.base.__module__}.{structure.base.__qualname__}.forward for a call of {call}: "
-            f"{error}"
+            f"{reason}"
         ) from error
     try:
         rewrite(graph)

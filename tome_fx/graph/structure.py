@@ -10,7 +10,7 @@ attributes that are floats, objects or functions. What modules must have in comm
 
 import inspect
 import json
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from inspect import Parameter
 from typing import Any
@@ -20,30 +20,40 @@ from torch import nn
 
 # Not float: dynamo may make one symbolic, which no choice of a graph can hang on. It is looked up.
 PLAIN = (bool, int, str, type(None))
+HALF = " float16"  # what the kind of a tensor of this type ends with, where a forward asks for it
 
 
-def kind(value: Any) -> Hashable:
+def kind(value: Any, half: bool = False) -> Hashable:
     """What a graph depends on in an argument: None and bools whole, the keys of a dict, the rank of a tensor.
 
     Of a list or a tuple of tensors that of each, after the name of its type; of whole numbers, such as those of layers,
     themselves. An empty one, or one of anything else, is opaque.
+
+    Args:
+        value: The argument.
+        half: Whether the graph depends on which tensors are of float16 as well: see `Structure.half`.
     """
     if value is None or value is True or value is False:
         return value
     if isinstance(value, dict):
-        return tuple([(name, kind(item)) for name, item in value.items()])
+        return tuple([(name, kind(item, half)) for name, item in value.items()])
     if type(value) in (list, tuple) and len(value) > 0:
         if all(isinstance(item, torch.Tensor) for item in value):
-            return (type(value).__name__, *[kind(item) for item in value])
+            return (type(value).__name__, *[kind(item, half) for item in value])
         if all(type(item) is int for item in value):
             # A number that has changed is symbolic to dynamo, unless it is a key of a dict.
             return (type(value).__name__, *[next(iter({item: None})) for item in value])
-    return f"{value.ndim}d" if isinstance(value, torch.Tensor) else "opaque"
+    if not isinstance(value, torch.Tensor):
+        return "opaque"
+    return f"{value.ndim}d{HALF}" if half and value.dtype is torch.float16 else f"{value.ndim}d"
 
 
 def setting(value: Any) -> Hashable:
     """What a graph depends on in an attribute: its value if that is plain, or `...` for what is looked up."""
     return value if isinstance(value, PLAIN) else ...
+
+
+Count = Callable[[nn.Module], int]  # tells of a child how many values it returns
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,8 @@ class Structure:
         constants: The lists and dicts themselves.
         reads: Plain attributes of children that the forward branches on, by `child.attribute`, with their values. They
             are taken for constants as well.
+        counts: Children that return a tuple whose length the forward asks for, by name, each with what tells that
+            length. It belongs to each kind of call, as plain attributes do.
     """
 
     base: type[nn.Module]
@@ -75,10 +87,16 @@ class Structure:
     absent: tuple[str, ...]
     constants: dict[str, Any] = field(compare=False)
     reads: tuple[tuple[str, Any], ...] = ()
+    counts: tuple[tuple[str, Count], ...] = ()
 
     @classmethod
     def of(
-        cls, module: nn.Module, base: type[nn.Module], calls: tuple[str, ...] = (), reads: tuple[str, ...] = ()
+        cls,
+        module: nn.Module,
+        base: type[nn.Module],
+        calls: tuple[str, ...] = (),
+        reads: tuple[str, ...] = (),
+        counts: tuple[tuple[str, Count], ...] = (),
     ) -> "Structure":
         """The structure of a module of the class `base`, or of one derived from it with another forward.
 
@@ -87,6 +105,7 @@ class Structure:
             base: The class whose forward is traced.
             calls: Functions to call from the graph.
             reads: Names of attributes that the forward reads of its children, and of the items of its module lists.
+            counts: Children whose results are counted.
         """
         internals = vars(nn.Module()).keys() - {"training"}
         attributes = {name: value for name, value in vars(module).items() if name not in (*internals, "forward")}
@@ -114,6 +133,7 @@ class Structure:
                 for name in reads
                 if isinstance(getattr(part, name, ...), PLAIN)
             ),
+            counts=counts,
         )
 
     @property
@@ -126,9 +146,15 @@ class Structure:
         """The parameters of forward, without self."""
         return tuple(inspect.signature(self.function).parameters.values())[1:]
 
+    @property
+    def half(self) -> bool:
+        """Whether the forward asks which tensors are of float16, whose numbers it may clip."""
+        return "float16" in self.function.__code__.co_names
+
     def settings(self, module: nn.Module) -> tuple[Hashable, ...]:
-        """The `setting` of each of the module's plain attributes now."""
-        return tuple(setting(getattr(module, name)) for name in self.plain)
+        """The `setting` of each of the module's plain attributes now, and how many tensors counted children return."""
+        plain = [setting(getattr(module, name)) for name in self.plain]
+        return (*plain, *[count(getattr(module, name)) for name, count in self.counts])
 
 
 def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -18,8 +18,8 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from tome_fx.graph.nodes import call
-from tome_fx.graph.structure import Structure
+from tome_fx.graph.nodes import call, returning
+from tome_fx.graph.structure import HALF, Structure
 from tome_fx.plan import TransformError
 
 
@@ -33,6 +33,7 @@ def trace(structure: Structure, kinds: tuple[Hashable, ...], settings: tuple[Has
     """
     graph = fx.Graph()
     tracer = _Tracer(graph)
+    tracer.half = str(kinds[0]).endswith(HALF) if structure.half else None
     positional: list[Any] = []
     by_name: dict[str, Any] = {}
     for parameter, what in zip(structure.parameters, kinds, strict=True):
@@ -72,7 +73,15 @@ class _Proxy(fx.Proxy):
 
 
 class _Attribute(_Proxy, fx.proxy.Attribute):
-    """An attribute of a proxy."""
+    """An attribute of a proxy. A forward may ask for float16: what is computed is of the type of the first input."""
+
+    __hash__ = fx.Proxy.__hash__
+
+    def __eq__(self, other: object) -> Any:
+        tracer: Any = self.tracer
+        if self.attr == "dtype" and other is torch.float16 and tracer.half is not None:
+            return tracer.half
+        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
 
 
 class _Ranked(_Proxy):
@@ -89,6 +98,8 @@ class _Object(_Proxy):
 
 
 class _Tracer(GraphAppendingTracer):
+    half: bool | None = None  # whether the tokens are of float16; None where the forward does not ask
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Ranked(node, self)
 
@@ -114,13 +125,17 @@ class _Child:
     said to be constant.
     """
 
-    def __init__(self, tracer: _Tracer, name: str, constants: dict[str, Any]) -> None:
+    def __init__(self, tracer: _Tracer, name: str, constants: dict[str, Any], count: int | None = None) -> None:
         self.tracer = tracer
         self.name = name
+        self.count = count  # of the values that it returns, where the forward asks
         vars(self).update(constants)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_module", self.name, args, kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.count is None:
+            return self.tracer.create_proxy("call_module", self.name, args, kwargs)
+        results: Any = self.tracer.create_proxy("call_function", returning, (self.count, self, *args), kwargs)
+        return tuple(results[i] for i in range(self.count))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -147,23 +162,28 @@ def _standin(tracer: _Tracer, structure: Structure, settings: tuple[Hashable, ..
     """A module of the structure's class that has nothing of its own: plain values, and what records its use."""
     standin = structure.base.__new__(structure.base)
     nn.Module.__init__(standin)
-    values = dict(zip(structure.plain, settings, strict=True))
+    values = dict(zip(structure.plain, settings, strict=False))
+    counts: dict[str, Any] = dict(zip([name for name, _ in structure.counts], settings[len(values) :], strict=True))
     objects = [*structure.objects, *(name for name, value in values.items() if value is ...)]
     reads = dict(structure.reads)
 
     def child(path: str) -> _Child:
         read = {name.removeprefix(f"{path}."): value for name, value in reads.items() if name.startswith(f"{path}.")}
-        return _Child(tracer, path, read)
+        return _Child(tracer, path, read, counts.get(path))
 
     children: dict[str, Any] = {
         name: child(name) if size is None else [child(f"{name}.{i}") for i in range(size)]
         for name, size in structure.children
     }
+    parameters = {name: _Proxy(tracer.graph.get_attr(name), tracer) for name in structure.tensors}
+    children |= dict.fromkeys(structure.absent)
+    # Also as plain attributes, which are found first: torch.export has every look-up of a module's own go through it.
+    plain = {name: value for name, value in (parameters | children).items() if not hasattr(structure.base, name)}
     vars(standin).update(
-        {**structure.constants, **values},
+        {**plain, **structure.constants, **values},
         **{name: _Object(tracer.graph.get_attr(name), tracer) for name in objects},
-        _parameters={name: _Proxy(tracer.graph.get_attr(name), tracer) for name in structure.tensors},
-        _modules={**children, **dict.fromkeys(structure.absent)},
+        _parameters=parameters,
+        _modules=children,
     )
     return standin
 
@@ -185,5 +205,5 @@ def _argument(tracer: _Tracer, node: fx.Node, what: Hashable) -> Any:
         }
     proxy = _Ranked(node, tracer)
     if what != "opaque":
-        proxy.ndim = int(str(what)[:-1])
+        proxy.ndim = int(str(what).removesuffix(HALF)[:-1])
     return proxy

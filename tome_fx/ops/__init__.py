@@ -9,16 +9,18 @@ every input. Nothing draws random numbers.
 
 from tome_fx.ops.matching import SlotMap, as_read, grid_of, kept, match, ratio_of
 from tome_fx.ops.merging import changed, log_sizes, merge, unmerge
-from tome_fx.ops.placing import line_of, match_along, places
+from tome_fx.ops.placing import after_text, line_of, log_sizes_after_text, match_along, places
 
 __all__ = [
     "SlotMap",
+    "after_text",
     "as_read",
     "changed",
     "grid_of",
     "kept",
     "line_of",
     "log_sizes",
+    "log_sizes_after_text",
     "match",
     "match_along",
     "merge",

@@ -14,10 +14,12 @@ Source of the curve: Morton, "A Computer Oriented Geodetic Data Base and a New T
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tome_fx.ops.matching import SlotMap, match
-from tome_fx.ops.tiling import Tiles
+from tome_fx.ops.merging import ALIGNED, log_sizes
+from tome_fx.ops.tiling import Tiles, once
 
 
 def line_of(coordinates: Tensor, sx: int, sy: int) -> Tensor:
@@ -111,3 +113,45 @@ def places(
     row = count * torch.arange(batch, device=slots.slot.device)[:, None]
     first = slots.order.flatten()[slots.start] - row
     return first.scatter(1, slots.slot[:, destination].long(), destination.expand(batch, -1))
+
+
+def after_text(slots: SlotMap | None, text: Tensor) -> SlotMap | None:
+    """The slot map of a sequence in which tokens of text stand before those of the grid, each of them a slot alone.
+
+    Args:
+        slots: From `match` or `match_along`, of N tokens to K.
+        text: `[B, T, C]`.
+
+    Returns:
+        A slot map of T + N tokens to T + K, the text's first, or None where `slots` is None.
+    """
+    if slots is None:
+        return None
+    batch, count = slots.slot.shape
+    length = text.shape[1]
+    alone = torch.arange(length, dtype=torch.int32, device=slots.slot.device).expand(batch, -1)
+    row = torch.arange(batch, dtype=torch.int32, device=slots.slot.device)[:, None]
+
+    def joined(of_grid: Tensor) -> Tensor:
+        """Places among the text and the grid of one image, of places among the grid of one."""
+        return torch.cat([alone, of_grid + length], dim=1)
+
+    order, start = (joined(part - count * row) + (length + count) * row for part in (slots.order, slots.start))
+    return SlotMap(joined(slots.slot), order, start)
+
+
+def log_sizes_after_text(text: Tensor, slots: SlotMap | None) -> Tensor | None:
+    """As `log_sizes`, for a sequence in which tokens of text stand before those of the grid: 0 for each of these.
+
+    Args:
+        text: `[B, T, C]`.
+        slots: From `match` or `match_along`.
+
+    Returns:
+        `[B, 1, T + K]`, rows of which are padded as NOTE [A mask in memory] wants them, or None where `slots` is None.
+    """
+    sizes = log_sizes(text, slots)
+    if sizes is None:
+        return None
+    total = text.shape[1] + sizes.shape[2]
+    return once(F.pad(sizes, (text.shape[1], ALIGNED - total % ALIGNED)))[..., :total]
