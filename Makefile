@@ -29,7 +29,7 @@ $(FLOOR_READY): requirements-floor.txt pyproject.toml
 	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-demo: $(READY) ## Token merging in a StableDiffusionPipeline, against its peers; with JSON=bench/results/demo.json for the README
+demo: $(READY) ## Token merging in a StableDiffusionPipeline, against its peers; with JSON=bench/results/demo.json for the docs
 	$(BIN)/python -m bench demo $(if $(JSON),--json $(JSON))
 
 test: $(READY) ## Run the fast tests, in JOBS processes: before each commit
@@ -45,20 +45,20 @@ test-floor: $(FLOOR_READY) ## Run the library's fast tests on the oldest torch a
 		--ignore tests/test_quality.py --ignore tests/test_shapes.py \
 		-W "ignore:User provided device_type of 'cuda':UserWarning"
 
-lint: $(READY) ## Check style, types, and that the README's numbers are those of bench/results
+lint: $(READY) ## Check style, types, and that the pages' numbers are those of bench/results
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m bench report --check
 
-bench: $(READY) ## Measure what two cores can; with JSON=bench/results/cpu.json for the README
+bench: $(READY) ## Measure what two cores can; with JSON=bench/results/cpu.json for the docs
 	$(BIN)/python -m bench latency --suite cpu --breakdown $(if $(JSON),--json $(JSON))
 
 # With the Python at hand, whose torch sees the GPU, and not .venv: the other packages of requirements-dev.txt must be in it
 gpu: ## On a GPU: tests, latency, weights and times, into FOLDER; stopped after MINUTES, the same command goes on
 	$(PYTHON) -m bench gpu $(if $(MINUTES),--minutes $(MINUTES)) $(if $(FOLDER),--folder $(FOLDER))
 
-report: $(READY) ## Write the README's tables and plots from bench/results
+report: $(READY) ## Write the pages' tables and plots from bench/results
 	$(BIN)/python -m bench report
 
 clean: ## Remove the environment and what was built

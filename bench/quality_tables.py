@@ -11,6 +11,7 @@ from tabulate import tabulate
 from bench.cases import ROUNDED, STOCK, Case, told
 from bench.measure import ratios
 from bench.suites import POINTS, QUESTIONS, TODO, YARDSTICK
+from bench.tables import without_empty
 
 
 def speed_range(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float, float, float] | None:
@@ -89,7 +90,7 @@ def table(document: dict[str, Any]) -> str:
         lines.append([*line, "{:.2f}x ({:.2f} - {:.2f})".format(*speed) if speed else ""])
     heads = ["variant", "ratio", "options", f"FLOPs saved: {' / '.join(models)}"]
     heads += [*(COLUMNS[name].head for name in present), "Fréchet distance", "speed-up (range)"]
-    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+    return without_empty(lines, heads)
 
 
 def points(document: dict[str, Any]) -> str:

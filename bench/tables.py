@@ -1,5 +1,6 @@
 """Tables of latencies. Every ratio is taken within a round, and the median of those ratios is shown."""
 
+from itertools import compress
 from statistics import median, quantiles
 from typing import Any
 
@@ -44,7 +45,14 @@ def table(entry: dict[str, Any]) -> str:
         )
     heads = ["variant", f"{unit} (median)", "p10 - p90", "vs vanilla", "vs compile", "FLOP bound", "of the bound"]
     heads += ["over the oracle", "first call s", "graphs", "breaks", "recompiles", "GiB"]
-    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+    return without_empty(lines, heads)
+
+
+def without_empty(lines: list[list[Any]], heads: list[str]) -> str:
+    """The table of these lines, without the columns that nothing stands in."""
+    filled = [any(line[i] != "" for line in lines if i < len(line)) for i in range(len(heads))]
+    kept = [[cell for cell, keep in zip(line, filled, strict=False) if keep] for line in lines]
+    return tabulate(kept, list(compress(heads, filled)), tablefmt="github", disable_numparse=True)
 
 
 def breakdown(rows: dict[str, Any]) -> str:

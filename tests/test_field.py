@@ -494,7 +494,7 @@ def test_attention_to_more_keys_than_those_given_works_and_with_weights_is_refus
         if not prop_attn:
             output(model, inputs(model, 16, 16))
             continue
-        with pytest.raises(TransformError, match=r"Shared failed on the weights .* prop_attn=False"):
+        with pytest.raises(TransformError, match=r"Shared failed on a mask, .* prop_attn=False"):
             output(model, inputs(model, 16, 16))
         set_ratio(model, 0)
         output(model, inputs(model, 16, 16))

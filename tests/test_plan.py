@@ -25,6 +25,10 @@ WIDEST = 2**33 - 1  # what scramble is made for
 RATIO = "ratio must be between 0 and {}, the share of sources at a stride of {}; got {}"
 STRIDE = "{} must be at least 1 token, got {}"
 INTEGER = "{} must be an int, got {} of type {}"
+OR_ELSE = {
+    "tile": "tile must be an int or None, got {} of type {}",
+    "max_downsample": "max_downsample must be an int or None or 'finest', got {} of type {}",
+}
 NUMBER = "ratio must be a number, got {} of type {}"
 SEED = "seed must be between 0 and 2**32 - 1, got {}"
 LEVEL = "max_downsample must be None, 'finest' or one of (1, 2, 4, 8), got {}"
@@ -57,16 +61,16 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_downsample": 3}, ValueError, LEVEL.format(3)),
     ({"max_downsample": 0}, ValueError, LEVEL.format(0)),
     ({"max_downsample": 16}, ValueError, LEVEL.format(16)),
-    ({"max_downsample": True}, TypeError, INTEGER.format("max_downsample", "True", "bool")),
-    ({"max_downsample": 2.0}, TypeError, INTEGER.format("max_downsample", "2.0", "float")),
-    ({"max_downsample": "coarsest"}, TypeError, INTEGER.format("max_downsample", "'coarsest'", "str")),
+    ({"max_downsample": True}, TypeError, OR_ELSE["max_downsample"].format("True", "bool")),
+    ({"max_downsample": 2.0}, TypeError, OR_ELSE["max_downsample"].format("2.0", "float")),
+    ({"max_downsample": "coarsest"}, TypeError, OR_ELSE["max_downsample"].format("'coarsest'", "str")),
     ({"tile": 1}, ValueError, TILE.format(2, "2 x 2", 1)),
     ({"tile": 3, "sy": 4}, ValueError, TILE.format(4, "2 x 4", 3)),
     ({"tile": 4, "sx": 5}, ValueError, TILE.format(5, "5 x 2", 4)),
     ({"tile": 0}, ValueError, TILE.format(2, "2 x 2", 0)),
-    ({"tile": 16.0}, TypeError, INTEGER.format("tile", "16.0", "float")),
-    ({"tile": True}, TypeError, INTEGER.format("tile", "True", "bool")),
-    ({"tile": "16"}, TypeError, INTEGER.format("tile", "'16'", "str")),
+    ({"tile": 16.0}, TypeError, OR_ELSE["tile"].format("16.0", "float")),
+    ({"tile": True}, TypeError, OR_ELSE["tile"].format("True", "bool")),
+    ({"tile": "16"}, TypeError, OR_ELSE["tile"].format("'16'", "str")),
     ({"seed": -1}, ValueError, SEED.format(-1)),
     ({"seed": 2**32}, ValueError, SEED.format(2**32)),
     ({"seed": 1.0}, TypeError, INTEGER.format("seed", "1.0", "float")),

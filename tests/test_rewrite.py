@@ -294,7 +294,9 @@ class Wide(nn.Module):
 def test_attention_to_other_keys_than_those_given_is_refused_in_words() -> None:
     x, slots = tokens_and_slots()
     merged = ops.merge(x, slots)
-    with pytest.raises(TransformError, match=r"Wide failed on the weights that prop_attn=True .* prop_attn=False"):
+    with pytest.raises(
+        TransformError, match=r"Wide failed on a mask, which is how merged tokens are weighed .* prop_attn=False"
+    ):
         nodes.attend(Wide(), merged, attention_mask=ops.log_sizes(x, slots))
     assert nodes.attend(Wide(), merged).shape == merged.shape
     with pytest.raises(ZeroDivisionError):

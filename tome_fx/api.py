@@ -61,17 +61,19 @@ def transform(
     Args:
         model: A `UNet2DConditionModel`, `ControlNetModel`, `UNetMotionModel` or `UNet3DConditionModel`, not compiled
             and not transformed yet. Of the last two the blocks over single frames are merged in, those over time never.
-            Or a transformer, with `merge_block=True`: a `PixArtTransformer2DModel`, `SD3Transformer2DModel`,
+            Or a transformer: a `PixArtTransformer2DModel`, `SD3Transformer2DModel`,
             `SD3ControlNetModel`, `FluxTransformer2DModel`, `FluxControlNetModel` or `QwenImageTransformer2DModel`.
         ratio: Share of the tokens to remove, from 0 (the original, bit for bit) to `1 - 1 / (sx * sy)`. Half is
             where images still look the same, says the paper.
         tile: Side of the squares of tokens within which tokens are matched and ranked. The work of matching then grows
-            with the tokens and not with their square, and a tile of 16 x 16 merges as well as the whole grid, which
-            is what None compares, as tomesd does. At least `sx` and `sy`.
+            with the tokens and not with their square, and on 32 x 32 tokens it moves an image hardly more than over
+            the whole grid, which is what None compares, as tomesd does. Larger tiles are nearer to that. At least `sx`
+            and `sy`.
         max_downsample: Merge at the levels whose tokens are at most this many latents wide: 1, 2, 4 or 8; "finest" is
             the finest level that has attention, 1 for Stable Diffusion 1 and 2, 2 for SDXL. None is that level and
             those where merging saves more than its launches cost on a GPU, at the size in the model's config: both
-            levels of SDXL, the finest of Stable Diffusion at 512 px. `tome_fx.explain` shows them.
+            levels of SDXL, and of Stable Diffusion 1 the finest, or with `merge_block` three. `tome_fx.explain` shows
+            them.
         sx: Width of the cells that give one destination each, in tokens.
         sy: Height of the cells, in tokens. 2 x 2 lets up to three quarters of the tokens merge.
         use_rand: Choose the destination in each cell pseudo-randomly, which avoids the pattern of a regular grid.
@@ -84,8 +86,8 @@ def transform(
         merge_crossattn: Merge around cross-attention as well. Costs quality for little speed.
         merge_mlp: Merge around the feed-forward as well. Costs quality.
         merge_block: Merge around whole blocks: norms, attention, cross-attention and feed-forward see merged tokens,
-            and each token is given what its slot was changed by. Saves most, above all in SDXL, and costs quality. In
-            transformers it is what there is; where places are turned into queries and keys, a merged token has the
+            and each token is given what its slot was changed by. Saves most, above all in SDXL and transformers, and
+            costs quality. Where places are turned into queries and keys, a merged token has the
             place of its destination.
         prop_attn: Weigh each merged token in self-attention by how many tokens it stands for, which keeps the image far
             closer to the original. None does so wherever it can be done: with the attention processors of diffusers,
@@ -93,7 +95,7 @@ def transform(
             perturbed-attention guidance does. True refuses a model where it cannot, and trusts processors that are not
             diffusers'. False is what tomesd does.
         share_match: Match before the first block of each transformer alone and merge in all its blocks by that, which
-            costs a decibel at most; SDXL's transformers have up to ten blocks. False matches before every block, as
+            costs a decibel; SDXL's transformers have up to ten blocks. False matches before every block, as
             tomesd does.
         dynamic_ratio: Make the number of kept tokens a dynamic size, so that one compiled graph serves every ratio
             that `set_ratio` gives it. The ratio is then a whole number of thousandths, and at 0 tokens are still

@@ -65,17 +65,15 @@ class Plan:
                 f"ratio must be between 0 and {highest:.4g}, the share of sources at a stride of "
                 f"{self.sx} x {self.sy}; got {self.ratio}"
             )
-        if self.tile is not None and integer("tile", self.tile) < max(self.sx, self.sy):
-            least = max(self.sx, self.sy)
+        least = max(self.sx, self.sy)
+        if self.tile is not None and integer("tile", self.tile, or_else="None") < least:
             raise ValueError(
                 f"tile must be None or at least {least} tokens, to hold a cell of sx x sy, {self.sx} x {self.sy}; "
                 f"got {self.tile}"
             )
-        asked = self.max_downsample
-        if asked is not None and asked != FINEST and integer("max_downsample", asked) not in DOWNSAMPLES:
-            raise ValueError(
-                f"max_downsample must be None, {FINEST!r} or one of {DOWNSAMPLES}, got {self.max_downsample}"
-            )
+        asked, words = self.max_downsample, f"None or {FINEST!r}"
+        if asked not in (None, FINEST) and integer("max_downsample", asked, or_else=words) not in DOWNSAMPLES:
+            raise ValueError(f"max_downsample must be None, {FINEST!r} or one of {DOWNSAMPLES}, got {asked}")
         for name in ("use_rand", *PARTS, "merge_queries", "merge_block", "share_match", "dynamic_ratio"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -116,7 +114,7 @@ class Plan:
         """What the cells of a grid are numbered from, or None where destinations are each cell's top left.
 
         It is one for all blocks, so that those of a level choose alike: the compiler then makes one kernel for them
-        all and computes it once, and images were as close to the unmerged ones as with a choice for each block.
+        all, and images were as close to the unmerged ones as with a choice for each block.
         """
         return scramble(self.seed) if self.use_rand else None
 
@@ -243,8 +241,9 @@ def downsampled(size: int, factor: int) -> int:
     return math.ceil(size / factor)
 
 
-def integer(name: str, value: Any) -> int:
-    """The value itself, or a TypeError that names the argument: a bool is not a number."""
+def integer(name: str, value: Any, *, or_else: str = "") -> int:
+    """The value itself, or a TypeError that names the argument and what else is allowed: a bool is not a number."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+        allowed = " or ".join(filter(None, ["an int", or_else]))
+        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
     return value

@@ -2,7 +2,8 @@
 
 It is told by what it does where that can be seen: a hook that remembers, a hook within attention that is not about
 weights, a processor that keeps the attention probabilities. Processors that mix the images of a batch cannot be told
-from others and are known by name. What works by place and shows none of this is not found; see the README's limits.
+from others and are known by name. What works by place and shows none of this is not found; see the limits in
+docs/support.md.
 """
 
 import inspect
@@ -62,8 +63,8 @@ class CheckBlock:
         name = type(processor).__name__
         if self.weigh and scope.weights is not None and (reason := why_unweighed(module)):
             raise TransformError(
-                f"{name} {reason}: prop_attn=True cannot weigh merged tokens there. Leave it out, or transform with "
-                "prop_attn=False"
+                f"{name} {reason}: prop_attn=True cannot weigh merged tokens there. Leave it out, or leave prop_attn "
+                "out, which then weighs them everywhere else"
             )
         if not self.queries and scope.keys is not None and maps.ignores(type(processor), scope.keys):
             raise TransformError(

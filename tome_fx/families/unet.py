@@ -254,7 +254,7 @@ def _refuse_unusual_block(block: nn.Module, site: Site, plan: Plan) -> None:
         found = f"attn1 of {site.path} attends to the prompt in a block of only_cross_attention, whose tokens are not"
         if plan.prop_attn:
             raise TransformError(
-                f"{found} merged: prop_attn=True has no merged tokens to weigh there. Transform with prop_attn=False"
+                f"{found} merged: prop_attn=True has no merged tokens to weigh there. Leave prop_attn out"
             )
         if not plan.merge_queries:
             raise TransformError(f"{found} merged: merge_queries=False has no keys to merge there. Leave it out")

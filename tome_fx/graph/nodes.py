@@ -62,9 +62,10 @@ def attend(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
             raise
         processor = type(getattr(attention, "processor", attention))
         raise TransformError(
-            f"{processor.__module__}.{processor.__qualname__} failed on the weights that prop_attn=True gives merged "
-            f"tokens, one for each that it was handed: {error}. If it attends to other keys as well, such as those of "
-            "another image, or takes no mask of [B, 1, K], leave it out, or transform with prop_attn=False"
+            f"{processor.__module__}.{processor.__qualname__} failed on a mask, which is how merged tokens are weighed "
+            f"(prop_attn), one number for each that it was handed: {error}. If it attends to other keys as well, such "
+            "as those of another image, or takes no mask of [B * heads, 1, K], leave it out, or transform with "
+            "prop_attn=False"
         ) from error
 
 

@@ -66,8 +66,8 @@ class Stack:
         grid: What makes height and width of that input and of `grid_arguments`. Of tokens on a line it is one row.
         ratio: Path of the attribute of the calling module that holds the ratio, from `ops.as_read`.
         result: Place of the tokens in the tuple that a block returns; None where it returns them alone.
-        weights: Name of the argument that takes the logarithms of the slots' sizes `[B, 1, K]`, to be added to the
-            scores of the keys; None where there is none.
+        weights: Name of the argument that takes the logarithms of the slots' sizes `[B * heads, 1, K]`, to be added
+            to the scores of the keys; None where there is none.
         per_token: Names of arguments with an entry for each token, which merged tokens cannot have; that of an entry in
             a dict is the dict's and its own, `kwargs.masks`.
         option: The option that merges around these blocks, for messages.
@@ -107,8 +107,8 @@ class Scope:
         result: Place of the tokens in the tuple that it returns, or several; None where it returns them alone.
         keys: Name of the argument that takes tokens to attend to, where these are others than those that attend; None
             where there is none.
-        weights: Name of the argument that takes the logarithms of the slots' sizes `[B, 1, K]`, to be added to the
-            scores of the keys; None where there is none.
+        weights: Name of the argument that takes the logarithms of the slots' sizes `[B * heads, 1, K]`, to be added
+            to the scores of the keys; None where there is none.
         per_token: Names of arguments, given by keyword, with an entry for each token, which merged tokens cannot have.
         option: The option that merges around this module, for messages.
     """

@@ -24,7 +24,7 @@ from torch.utils import _pytree
 from tome_fx import plan
 from tome_fx.ops.tiling import Tiles
 
-SCORES = 2**26  # bytes of float32 similarities that an image may have at a time where all are compared with all
+SCORES = 2**26  # bytes of float32 similarities that an image may have at a time
 COUNTED = 512  # sources of a tile that are ranked by counting, at most
 LENGTH_AT_ZERO = 2  # of a dynamic ratio: see NOTE [A ratio as graphs read it]
 
@@ -136,7 +136,7 @@ def match(
     grid = Tiles.of(height, width, sx, sy, tile, seed, tokens.device)
     # See NOTE [How many merge in each tile] in tiling.py.
     first, following = (c - c * (count - kept) // count for c in (grid.before, grid.before + grid.tokens))
-    best, nearest = _search(tokens.detach(), grid, in_parts=tile is None)
+    best, nearest = _search(tokens.detach(), grid)
     slot = first + _joined(best, nearest, grid, grid.tokens - (following - first))
     fits = statically_known_true(kept < 2**15)  # a sort takes a pass for every few bits
     slot = grid.filled(slot.to(torch.int16 if fits else torch.int32), grid.place_of_position, kept)
@@ -150,7 +150,7 @@ def match(
     return SlotMap(grid.by_rows(slot).int(), order, start.view(batch, kept))
 
 
-def _search(tokens: Tensor, grid: Tiles, *, in_parts: bool) -> tuple[Tensor, Tensor]:
+def _search(tokens: Tensor, grid: Tiles) -> tuple[Tensor, Tensor]:
     """How similar each source is to the destination most similar to it, -inf at a gap, and the place of that one.
 
     Both are `[B, T, S]`, at the places after those for destinations.
@@ -160,9 +160,9 @@ def _search(tokens: Tensor, grid: Tiles, *, in_parts: bool) -> tuple[Tensor, Ten
     unit = _unit(tokens.index_select(1, token.clamp(0, tokens.shape[1] - 1).flatten()))
     unit = unit.view(tokens.shape[0], *token.shape, -1)
     sources, destinations = unit[:, :, number:], unit[:, :, :number].mT
-    parts = 1
+    parts, tiles = 1, token.shape[0]
     # Symbolic sizes are searched at once: the number of parts is one of operations, and of another graph for each.
-    while in_parts and statically_known_true(-(-sources.shape[2] // parts) * number * 4 > SCORES):
+    while statically_known_true(tiles * -(-sources.shape[2] // parts) * number * 4 > SCORES):
         parts += 1
     found = [
         grid.filled(part @ destinations, token[:, None, :number], -torch.inf).max(dim=-1)

@@ -3,8 +3,8 @@
 NOTE [Determinism]
 No float is ever added atomically. `merge` sums the tokens of a slot in their order on the grid, by a bag sum
 whose every output is owned by one thread. The one scatter of a match writes each index once. Two runs agree bit for
-bit. The price is that Inductor leaves the sorts, the search and the bag sum to ATen: a scatter_add would be one kernel,
-but its atomics add in any order on a GPU, and on a CPU it is no faster.
+bit. The price is that Inductor leaves the bag sum to ATen, as it does a sort of more than 512: a scatter_add would be
+one kernel, but its atomics add in any order on a GPU, and on a CPU it is no faster.
 
 NOTE [A mask in memory]
 diffusers repeats a mask `[B, 1, K]` for every head, and its attention expands it to `[B, heads, K, K]`. That costs

@@ -112,7 +112,8 @@ def places(
         destination = line[destination]
     row = count * torch.arange(batch, device=slots.slot.device)[:, None]
     first = slots.order.flatten()[slots.start] - row
-    return first.scatter(1, slots.slot[:, destination].long(), destination.expand(batch, -1))
+    # Inductor writes a scatter of int32 itself, and leaves one of int64 to ATen.
+    return first.int().scatter(1, slots.slot[:, destination].long(), destination.int().expand(batch, -1)).long()
 
 
 def after_text(slots: SlotMap | None, text: Tensor) -> SlotMap | None:

@@ -55,7 +55,10 @@ class Report:
 
     @property
     def bound(self) -> float:
-        """FLOPs of the whole model before over after: no merging of these tokens can be faster than that."""
+        """FLOPs of the whole model before over after: the speed-up if time went with FLOPs.
+
+        Attention may take longer for its FLOPs than what else there is, and merging it then gains more.
+        """
         return self.flops_before / self.flops_after
 
     def __str__(self) -> str:
@@ -80,11 +83,12 @@ class Report:
         reasons = Counter(row.unweighed for row in self.rows if row.unweighed)
         notes = [f"Not weighed at {count} of {len(self.rows)} sites: {reason}." for reason, count in reasons.items()]
         notes += [
-            f"Level of {level.height} x {level.width} tokens: {'' if level.merged else 'not '}merged; half of them "
-            f"saves {level.saved / giga:.1f} GFLOPs a transformer, and costs as much time as {level.cost / giga:.1f}."
+            f"Level of {level.height} x {level.width} tokens, at the size that the model is made for: "
+            f"{'' if level.merged else 'not '}merged; half of them saves {level.saved / giga:.1f} GFLOPs a "
+            f"transformer, and costs as much time as {level.cost / giga:.1f}. The finest is always merged."
             for level in self.levels
         ]
-        bound = f"The FLOPs bound the speed-up of the whole model at {self.bound:.3f}x."
+        bound = f"If time went with FLOPs, the whole model would be {self.bound:.3f}x as fast."
         return "\n".join([self.title, "", table, "", *notes, bound])
 
 
