@@ -52,12 +52,17 @@ class Devices(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("tile", [None, 4])
+@pytest.mark.parametrize("width", [8, 9])
 @pytest.mark.parametrize("seed", [None, 3])
-def test_no_operation_leaves_the_device_of_its_tokens_which_a_cuda_graph_would_not_allow(seed: int | None) -> None:
-    tokens = torch.empty(2, 64, 8, device="meta")
+def test_no_operation_leaves_the_device_of_its_tokens_which_a_cuda_graph_would_not_allow(
+    seed: int | None, width: int, tile: int | None
+) -> None:
+    tokens = torch.empty(2, 8 * width, 8, device="meta")
     with Devices() as devices:
-        slots = ops.match(tokens, 8, 8, kept=32, sx=2, sy=2, seed=seed)
+        slots = ops.match(tokens, 8, width, kept=32, sx=2, sy=2, seed=seed, tile=tile)
         ops.unmerge(ops.merge(tokens, slots), slots)
+        ops.log_sizes(tokens, slots, 2)
     assert devices.seen == {"meta"}
     with Devices() as devices:
         torch.ones(2)

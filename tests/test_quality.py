@@ -141,6 +141,11 @@ def test_every_question_has_its_rows_in_the_suite() -> None:
         variants.check(case)
 
 
+def test_the_recorded_rows_are_those_of_the_suite() -> None:
+    recorded = documents.read(report.RESULTS / "quality.json")
+    assert {Case.read(row["case"]) for row in recorded["rows"]} == set(suites.SUITES["all"])
+
+
 def test_the_table_tells_a_rows_options_its_savings_and_what_the_yardstick_is_for() -> None:
     case = Case("tome_fx", 0, options(merge_queries=False, tile=None), ((0.5, 0.75),))
     lines = cells_of(quality_tables.table({"rows": rows_of(Case(), case, Case("bf16"))}))

@@ -33,6 +33,31 @@ pytestmark = [
 ]
 
 
+def test_late_merges_nothing_and_then_what_is_asked() -> None:
+    unet = transform(one_block(), 0.3)
+    assert RatioSchedule.late(unet).ratios == {0: 0, 0.5: 0.5}
+    assert plan_of(unet).ratio == 0
+    schedule = RatioSchedule.late(unet, unet, ratio=0.75, start=0.8)
+    assert schedule.ratios == {0: 0, 0.8: 0.75}
+    assert [schedule.ratio_at(step, 10) for step in (0, 7, 8, 9)] == [0, 0, 0.75, 0.75]
+
+
+@pytest.mark.parametrize(
+    "start, error, message",
+    [
+        (0, ValueError, "start must be above 0, .* and below 1; got 0"),
+        (1, ValueError, "start must be above 0, .* and below 1; got 1"),
+        ("half", TypeError, "start must be a number, got 'half' of type str"),
+        (True, TypeError, "start must be a number, got True of type bool"),
+    ],
+)
+def test_where_late_is_to_start_must_be_within_the_steps(start: Any, error: type[Exception], message: str) -> None:
+    unet = transform(one_block(), 0.3)
+    with pytest.raises(error, match=message):
+        RatioSchedule.late(unet, start=start)
+    assert plan_of(unet).ratio == 0.3
+
+
 def pipeline(unet: Any, **components: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -319,7 +319,11 @@ def test_what_cannot_weigh_gets_plain_means_by_default_explain_says_so_and_asked
     arguments = inputs(two_stages(), *SIZE)
     results = {prop: transform(copy.deepcopy(two_stages()), prop_attn=prop, **options) for prop in (None, False, True)}
     weighed = output(results[None], arguments)
-    if options.get("merge_queries", True) or change is unmasked:
+    if not options.get("merge_queries", True) and change is not unmasked:
+        change(results[None])
+        with pytest.raises(TransformError, match="merge_queries=False gives it merged keys"):
+            output(results[None], arguments)
+    else:
         for result in results.values():
             change(result)
         assert torch.equal(output(results[None], arguments), output(results[False], arguments))
