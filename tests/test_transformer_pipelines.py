@@ -22,6 +22,7 @@ from diffusers import (
     StableDiffusion3ControlNetPipeline,
     StableDiffusion3Pipeline,
 )
+from support.features import supports
 from support.models import relative_error
 from support.transformers import flux, flux_controlnet, patched, pixart, qwen, sd3, sd3_controlnet
 from torch import Tensor
@@ -129,6 +130,17 @@ def of_qwen(change: Change) -> tuple[Any, dict[str, Any]]:
     return pipe, prompt(pooled=False, mask="prompt_embeds_mask")
 
 
+TITLES = {
+    "flux": "Flux.1",
+    "flux_with_guidance": "Flux.1, true classifier-free guidance",
+    "kontext": "Flux.1 Kontext",
+    "flux_controlnet": "Flux.1 ControlNet",
+    "sd3": "Stable Diffusion 3",
+    "sd3_with_skipped_layers": "Stable Diffusion 3, skipping layers",
+    "sd3_controlnet": "Stable Diffusion 3 ControlNet",
+    "pixart": "PixArt-Σ",
+    "qwen": "Qwen-Image",
+}
 PIPELINES = {name.removeprefix("of_"): value for name, value in list(globals().items()) if name.startswith("of_")}
 scopes = pytest.mark.parametrize("scope", [{"merge_block": True}, {"merge_block": False}], ids=["blocks", "attention"])
 ON_ONE_GRID = [name for name in PIPELINES if name != "kontext"]  # which the oracle knows
@@ -155,7 +167,10 @@ def merged(ratio: float = 0.5, **options: Any) -> Change:
     return lambda model: tome_fx.transform(model, ratio, use_rand=False, **options)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=supports(TITLES[name], "works", group="Diffusion transformers")) for name in PIPELINES],
+)
 @scopes
 def test_a_pipeline_makes_the_stock_picture_at_ratio_0_and_another_with_merged_tokens(
     scope: dict[str, Any], name: str

@@ -18,6 +18,7 @@ from diffusers import FirstBlockCacheConfig, SanaTransformer2DModel, TaylorSeerC
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from peft import LoraConfig
 from support.compiling import assert_no_break_and, by_block, whole
+from support.features import supports
 from support.models import relative_error
 from support.state import state
 from support.transformers import (
@@ -162,6 +163,7 @@ def test_numbers_of_float16_are_clipped_where_the_original_clips_them(name: str,
     assert found[0].isfinite().all()
 
 
+@supports("Fused QKV projections of PixArt and Flux", "works", group="Diffusion transformers")
 @pytest.mark.parametrize("name", ["pixart", "flux"])
 def test_fused_projections_are_merged_too(name: str) -> None:
     model, arguments = copy.deepcopy(MODELS[name]()), inputs(MODELS[name]())
@@ -184,6 +186,7 @@ def test_a_processor_that_returns_other_values_than_known_is_an_error_in_words()
         output(transformed(model, merge_block=False), inputs(model))
 
 
+@supports("FirstBlockCache", "works with a condition", "attention alone is merged", group="Diffusion transformers")
 @pytest.mark.parametrize("name", ["flux", "qwen"])
 def test_a_cache_of_blocks_serves_models_whose_attention_alone_is_merged(name: str) -> None:
     result = transformed(MODELS[name](), merge_block=False)
@@ -194,6 +197,7 @@ def test_a_cache_of_blocks_serves_models_whose_attention_alone_is_merged(name: s
             assert relative_error(output(result, inputs(result)), expected) < 1e-6
 
 
+@supports("Pyramid Attention Broadcast of transformers", "refused", group="Diffusion transformers")
 def test_a_cache_of_attention_is_refused_where_its_tokens_are_merged() -> None:
     result = transformed(flux(), merge_block=False)
     result.enable_cache(TaylorSeerCacheConfig())
@@ -284,6 +288,7 @@ def test_half_precision_is_as_near_to_the_whole_as_the_patch_is(
     assert relative_error(result.float(), expected.float()) < (0.1 if dtype == torch.bfloat16 else 0.02)
 
 
+@supports("PEFT LoRA with a scale", "works", group="Diffusion transformers")
 @pytest.mark.parametrize("name", ["sd3", "flux", "qwen"])
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 @scopes
@@ -329,6 +334,7 @@ def test_layers_of_sd3_can_be_skipped(scope: dict[str, Any], skipped: list[int])
         )
 
 
+@supports("IP-Adapter of Flux", "works with a condition", "loaded before transform", group="Diffusion transformers")
 @scopes
 def test_an_image_prompt_of_flux_is_for_merged_tokens_too(scope: dict[str, Any]) -> None:
     model = copy.deepcopy(flux())
@@ -432,6 +438,7 @@ def test_a_dynamic_ratio_is_one_compile(scope: dict[str, Any], name: str, fresh_
     assert_no_break_and(counter, compiles=1)
 
 
+@supports("compile_repeated_blocks of Flux and Qwen-Image", "works", group="Diffusion transformers")
 @pytest.mark.parametrize("name", ["flux", "qwen"])  # diffusers has no repeated blocks for the others
 @scopes
 def test_compiled_by_blocks_a_model_has_no_more_graphs_than_the_original(
@@ -538,6 +545,7 @@ def test_caches_that_keep_tokens_are_refused_where_there_are_merged_ones() -> No
         output(result, inputs(flux()))
 
 
+@supports("Qwen-Image with zero_cond_t", "refused", group="Diffusion transformers")
 def test_a_qwen_that_modulates_by_picture_is_refused_with_the_reason() -> None:
     model = type(qwen()).from_config(qwen().config, zero_cond_t=True)
     with pytest.raises(TransformError, match=r"zero_cond_t=True cannot have merged tokens: its forward goes through"):
@@ -551,6 +559,7 @@ def test_models_that_are_not_known_are_refused_with_those_that_are() -> None:
         transformed(nn.Linear(2, 2))
 
 
+@supports("Sana, Z-Image, Lumina 2", "refused", group="Diffusion transformers")
 def test_models_that_cannot_have_merged_tokens_are_refused_with_the_reason() -> None:
     sana = SanaTransformer2DModel(
         in_channels=4,
