@@ -149,8 +149,8 @@ def table(document: dict[str, Any]) -> str:
                     "" if row is stock else ", ".join(f"{n:+d} {call}" for call, n in sorted(added.items()) if n),
                     f"{row['largest'] / 1e6:.0f}",
                     f"{row['registers']}, {row['spilled']}",
-                    f"{sum(row['estimated_us'].values()):.0f}" if row is stock else f"{gained:.0f} - {paid:.0f}",
-                    "" if row is stock else f"{gained - paid:+.0f}",
+                    f"{sum(row['estimated_us'].values()):.0f}",
+                    *(["", "", ""] if row is stock else [f"{gained:.0f}", f"{paid:.0f}", f"{gained - paid:+.0f}"]),
                 ]
             )
     heads = [
@@ -162,7 +162,7 @@ def table(document: dict[str, Any]) -> str:
         "largest tensor, MB",
         "registers, spilled B",
     ]
-    heads += ["gained - paid, µs, *estimated*", "net, µs, *estimated*"]
+    heads += [f"{what}, µs, *estimated*" for what in ("all", "gained", "paid", "net")]
     return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -67,5 +68,7 @@ def _lines(path: str) -> list[str]:
 
 
 def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None

@@ -168,13 +168,15 @@ def compare(
 def _warm_up(make: Callable[[], Call], row: Row, timer: Timer, kept: Path | None) -> tuple[Call, torch.Tensor]:
     """The call and its output, with every cache empty before the first of two calls, but for what was kept."""
     with fresh_cache() if kept is None else _kept_cache(kept), count_compiles() as row.compiles:
+        before = 0
         if timer.cuda:
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()  # by the timer, and by rows that wait for their rounds
         call = make()
         row.first_s = timer(call) / 1e3
         output = call()
         if timer.cuda:
-            row.peak_memory = torch.cuda.max_memory_allocated()
+            row.peak_memory = torch.cuda.max_memory_allocated() - before
     if kept is not None:
         cold = kept / COLD
         if not cold.exists():

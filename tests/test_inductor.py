@@ -31,6 +31,8 @@ from tome_fx import ops, set_ratio, transform
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
+    # torch's own, wherever a card could round products of float32 more
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
     # torch's own, on the first import of its compiler in a process
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]

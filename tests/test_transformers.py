@@ -14,8 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, SanaTransformer2DModel, TaylorSeerCacheConfig
+from diffusers import (
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    SanaTransformer2DModel,
+    TaylorSeerCacheConfig,
+)
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+from diffusers.models import attention_dispatch
 from peft import LoraConfig
 from support.compiling import assert_no_break_and, by_block, whole
 from support.features import supports
@@ -197,13 +203,26 @@ def test_a_cache_of_blocks_serves_models_whose_attention_alone_is_merged(name: s
             assert relative_error(output(result, inputs(result)), expected) < 1e-6
 
 
-@supports("Pyramid Attention Broadcast of transformers", "refused", group="Diffusion transformers")
-def test_a_cache_of_attention_is_refused_where_its_tokens_are_merged() -> None:
-    result = transformed(flux(), merge_block=False)
-    result.enable_cache(TaylorSeerCacheConfig())
+@supports("TaylorSeer, Pyramid Attention Broadcast", "refused", group="Diffusion transformers")
+@pytest.mark.parametrize(
+    "cache, hook",
+    [
+        (TaylorSeerCacheConfig(), "TaylorSeerCacheHook"),
+        (
+            PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+            ),
+            "PyramidAttentionBroadcastHook",
+        ),
+    ],
+    ids=["TaylorSeer", "PAB"],
+)
+def test_a_cache_of_attention_is_refused_where_its_tokens_are_merged(cache: Any, hook: str) -> None:
+    result = transformed(copy.deepcopy(flux()), merge_block=False)
+    result.enable_cache(cache)
     with (
         result.cache_context("one"),
-        pytest.raises(TransformError, match=r"TaylorSeerCacheHook keeps what it sees in attn, whose tokens are merged"),
+        pytest.raises(TransformError, match=f"{hook} keeps what it sees in attn, whose tokens are merged"),
     ):
         output(result, inputs(flux()))
 
@@ -510,6 +529,32 @@ class Own:
         image_rotary_emb: Any = None,
     ) -> Any:
         return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+
+@supports(
+    "Attention backends without a mask",
+    "works with a condition",
+    "merged tokens are not weighed",
+    group="Diffusion transformers",
+)
+@pytest.mark.parametrize("compiled", [False, True])
+@scopes
+def test_a_backend_that_takes_no_mask_is_given_no_weights_and_asked_for_them_is_an_error_in_words(
+    scope: dict[str, Any], compiled: bool, fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)  # which diffusers sets for all models
+    models = [tome_fx.transform(copy.deepcopy(flux()), prop_attn=prop, **scope) for prop in (None, False, True)]
+    weighed = output(models[0], inputs(flux()))
+    for model in models:
+        model.set_attention_backend("_native_flash")
+    first, plain, asked = (whole(model, "eager") if compiled else model for model in models)
+    result = output(plain, inputs(flux()))
+    assert torch.equal(output(first, inputs(flux())), result)
+    assert relative_error(weighed, result) > 1e-5
+    if not compiled:  # else dynamo's words are around it
+        with pytest.raises(TransformError, match="goes by the attention backend _native_flash, which adds no mask"):
+            output(asked, inputs(flux()))
 
 
 @scopes

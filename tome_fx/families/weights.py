@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -38,6 +39,10 @@ MIXING_PROCESSORS = (
     "CrossFrameAttnProcessor",
     "CrossFrameAttnProcessor2_0",
 )
+
+
+NATIVE = "native"
+MASKED = (NATIVE, "_native_cudnn", "_native_efficient", "_native_math", "_native_npu")  # which add a mask to scores
 
 
 class Passing(type):
@@ -64,7 +69,16 @@ def why_unweighed(attention: nn.Module) -> str:
         return "attends in parts of the batch or across it, and would mix up the weights of its images"
     if processor is not None and maps.ignores(type(processor), "attention_mask"):
         return "takes no notice of attention_mask"
-    return ""
+    backend = _backend(processor)
+    return "" if backend in MASKED else f"goes by the attention backend {backend}, which adds no mask to scores"
+
+
+def _backend(processor: Any) -> str:
+    """The attention backend of diffusers that a processor goes by: its own, or the one that is set for all."""
+    if not hasattr(processor, "_attention_backend"):
+        return NATIVE
+    backend = processor._attention_backend or attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
+    return backend.value if isinstance(backend, attention_dispatch.AttentionBackendName) else str(backend)
 
 
 def why_unweighed_by_default(attention: nn.Module) -> str:
