@@ -474,6 +474,19 @@ def test_markers_that_are_missing_are_named() -> None:
         report.fill({Path("README.md"): "text"}, "gpu", "table")
 
 
+def test_levels_pay_by_rule_where_they_do_by_the_estimates_for_the_card_that_the_rule_is_made_for() -> None:
+    document = documents.read(report.RESULTS / "code-levels.json")
+    unet = models.build(document["model"], "meta")
+    side = document["resolution"] // models.LATENT
+    rule = {level.height: level.pays for level in tome_fx.explain(tome_fx.transform(unet), side, side).levels}
+    estimated = {}
+    for level in document["levels"]:
+        if level["card"] == "sm_90":
+            stock, merged = (sum(row["estimated_us"].values()) for row in level["rows"].values())
+            estimated[level["image"][2]] = merged < stock
+    assert rule == estimated == {64: True, 32: False, 16: False, 8: False}
+
+
 @pytest.mark.slow
 def test_the_demo_counts_compiles_of_a_sweep() -> None:
     first, again = demo.sweep("tome_fx+compile", models.build("tiny"))
