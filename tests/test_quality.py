@@ -189,7 +189,7 @@ def test_a_run_gives_every_variant_the_same_seeds_and_keeps_all_values(tmp_path:
     lines = quality_tables.table(document).splitlines()
     assert len(lines) == 3 + len(cases)
     assert [lines[0].count(head) for head in ("captions right", "count right", "Fréchet")] == [1, 1, 1]
-    assert [cell.strip() for cell in lines[3].split("|")[1:8]] == ["`stock`", "", "", "", "", "", ""]
+    assert [cell.strip() for cell in lines[3].split("|")[1:7]] == ["`stock`", "", "", "", "", ""]
     text = (tmp_path / "q.json").read_text()
     assert "Infinity" not in text
     assert json.loads(text, parse_constant=pytest.fail) == document

@@ -318,6 +318,6 @@ def test_what_is_dropped_is_freed() -> None:
     before, memory = live(), process.memory_info().rss
     for _ in range(200):
         once(0.5)
-    assert live() == before
+    assert all(now <= then for now, then in zip(live(), before, strict=True)), "others may have been freed meanwhile"
     assert all(reference() is None for reference in dropped)
     assert process.memory_info().rss - memory < 16 * 2**20

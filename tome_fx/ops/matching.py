@@ -160,9 +160,9 @@ def _search(tokens: Tensor, grid: Tiles) -> tuple[Tensor, Tensor]:
     unit = _unit(tokens.index_select(1, token.clamp(0, tokens.shape[1] - 1).flatten()))
     unit = unit.view(tokens.shape[0], *token.shape, -1)
     sources, destinations = unit[:, :, number:], unit[:, :, :number].mT
-    parts, tiles = 1, token.shape[0]
+    parts, scores = 1, 4 * grid.down.tiles * grid.right.tiles * number  # bytes for one source of each tile
     # Symbolic sizes are searched at once: the number of parts is one of operations, and of another graph for each.
-    while statically_known_true(tiles * -(-sources.shape[2] // parts) * number * 4 > SCORES):
+    while statically_known_true(-(-(grid.places - number) // parts) * scores > SCORES):
         parts += 1
     found = [
         grid.filled(part @ destinations, token[:, None, :number], -torch.inf).max(dim=-1)
