@@ -38,11 +38,13 @@ test: $(READY) ## Run the fast tests, in JOBS processes: before each commit
 test-all: $(READY) ## Run every test, as CI does
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
+# Transformers are tested with the newest alone.
 # The warning is of importing diffusers 0.36 where there is no CUDA: the option can go when the floor is past that.
 test-floor: $(FLOOR_READY) ## Run the library's fast tests on the oldest torch and diffusers supported, in JOBS processes
 	$(FLOOR)/bin/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal \
 		--ignore tests/cuda_code --ignore tests/test_bench.py \
-		--ignore tests/test_quality.py --ignore tests/test_shapes.py \
+		--ignore tests/test_quality.py --ignore tests/test_shapes.py --ignore tests/test_gpu_run.py \
+		--ignore-glob "tests/test_transformer*.py" \
 		-W "ignore:User provided device_type of 'cuda':UserWarning"
 
 lint: $(READY) ## Check style, types, and that the pages' numbers are those of bench/results

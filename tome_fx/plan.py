@@ -6,7 +6,7 @@ ints and int tensors: graphs call the same functions while they run.
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -119,7 +119,8 @@ class Plan:
         return scramble(self.seed) if self.use_rand else None
 
 
-class Side(NamedTuple):
+@dataclass  # as Tiles
+class Side:
     """How a side of a grid with at least one whole cell is cut into tiles, as evenly as its cells can be dealt out.
 
     The last tile also has the tokens beyond the last whole cell.

@@ -29,7 +29,7 @@ doubles with each of its values that is read twice, as those of a hash are, and 
 its strides needs memory, so that a tensor seen by its own strides is the same, but computed and written down once.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tome_fx.plan import Side, scramble
 
 
-class Tiles(NamedTuple):
+@dataclass  # and no tuple: dynamo traces no property of one before torch 2.12
+class Tiles:
     """How a grid of N tokens is cut into T tiles of P places in D cells, gaps included; see NOTE [Tiles].
 
     What is said of each tile is `[T, 1]`, or an int: see NOTE [What is alike is a number].
