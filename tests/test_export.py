@@ -50,7 +50,7 @@ def test_export_takes_the_model_and_gives_what_eager_gives(build: Callable[[], A
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_model_may_have_dynamic_sizes(strict: bool) -> None:
     # What torch 2.8 exports cannot say that a size is of several tiles or one.
-    tile = 16 if TorchVersion(torch.__version__) >= "2.13" else None
+    tile = 16 if torch.torch_version.TorchVersion(torch.__version__) >= "2.13" else None
     model = transform(one_block(), ratio=0.5, tile=tile)
     args, kwargs = exportable(model, 16, 20)
     free = torch.export.Dim.AUTO
@@ -100,7 +100,6 @@ import sys
 from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
-from torch.torch_version import TorchVersion
 sys.path.insert(0, sys.argv[1])
 from support.models import inputs, one_block, output
 from tome_fx import transform
