@@ -140,9 +140,10 @@ def test_weights_after_text_are_none_for_the_text_and_lie_in_memory_as_masks_mus
     x, text = tokens(2, 64), tokens(2, count)
     found = ops.match(x, 8, 8, kept=kept, sx=2, sy=2, seed=3)
     for dtype in (torch.float32, torch.float16):
-        weights, own = ops.log_sizes_after_text(text.to(dtype), found), ops.log_sizes(x.to(dtype), found)
+        weights = ops.log_sizes(text.to(dtype), found, before=text.shape[1])
+        own = ops.log_sizes(x.to(dtype), found)
         assert weights is not None
         assert own is not None
         assert torch.equal(weights, torch.cat([torch.zeros(2, 1, count, dtype=dtype), own], dim=2))
         assert weights.stride(0) % 8 == 0
-    assert ops.log_sizes_after_text(text, None) is None
+    assert ops.log_sizes(text, None, before=text.shape[1]) is None

@@ -79,7 +79,7 @@ def weights_after_text(
         places: From `ops.places`.
         text: `[B, T, C]`, the tokens of text, which come before the image's.
     """
-    mask = ops.log_sizes_after_text(text, slots)
+    mask = ops.log_sizes(text, slots, before=text.shape[1])
     return options if mask is None else {**(options or {}), "attention_mask": mask[:, None]}
 
 

@@ -9,7 +9,7 @@ every input. Nothing draws random numbers.
 
 from tome_fx.ops.matching import SlotMap, as_read, grid_of, kept, match, ratio_of
 from tome_fx.ops.merging import changed, log_sizes, merge, unmerge
-from tome_fx.ops.placing import after_text, line_of, log_sizes_after_text, match_along, places
+from tome_fx.ops.placing import after_text, line_of, match_along, places
 
 __all__ = [
     "SlotMap",
@@ -20,7 +20,6 @@ __all__ = [
     "kept",
     "line_of",
     "log_sizes",
-    "log_sizes_after_text",
     "match",
     "match_along",
     "merge",

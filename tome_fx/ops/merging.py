@@ -80,7 +80,7 @@ def changed(tokens: Tensor, merged: Tensor, result: Tensor, slots: SlotMap | Non
     return tokens + unmerge(result - merged, slots)
 
 
-def log_sizes(tokens: Tensor, slots: SlotMap | None, heads: int = 1) -> Tensor | None:
+def log_sizes(tokens: Tensor, slots: SlotMap | None, heads: int = 1, *, before: int = 0) -> Tensor | None:
     """The logarithm of how many tokens each slot stands for: proportional attention adds it to the scores of its keys.
 
     A key with the logarithm of a count added to its scores is attended to as that many copies of it would be. So
@@ -90,9 +90,10 @@ def log_sizes(tokens: Tensor, slots: SlotMap | None, heads: int = 1) -> Tensor |
         tokens: `[B, N, C]`, for their dtype.
         slots: From `match`.
         heads: Heads of the attention that takes them as a mask: see NOTE [A mask in memory].
+        before: How many keys stand before those of the slots, such as those of text. Each of them is one token.
 
     Returns:
-        `[B * heads, 1, K]`, the same for every query and head, or None where `slots` is None.
+        `[B * heads, 1, before + K]`, the same for every query and head, or None where `slots` is None.
 
     Source: Bolya et al., "Token Merging: Your ViT But Faster" (2023), equation 1.
     """
@@ -104,4 +105,5 @@ def log_sizes(tokens: Tensor, slots: SlotMap | None, heads: int = 1) -> Tensor |
     sizes = (start.roll(-1) - start - 1) % slots.slot.numel() + 1
     weights = sizes.to(torch.promote_types(tokens.dtype, torch.float32)).log().to(tokens.dtype)
     weights = weights.view(batch, 1, 1, kept).expand(-1, heads, -1, -1).flatten(0, 1)
-    return once(F.pad(weights, (0, ALIGNED - kept % ALIGNED)))[..., :kept]
+    keys = before + kept
+    return once(F.pad(weights, (before, ALIGNED - keys % ALIGNED)))[..., :keys]

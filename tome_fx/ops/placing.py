@@ -14,12 +14,10 @@ Source of the curve: Morton, "A Computer Oriented Geodetic Data Base and a New T
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tome_fx.ops.matching import SlotMap, match
-from tome_fx.ops.merging import ALIGNED, log_sizes
-from tome_fx.ops.tiling import Tiles, once
+from tome_fx.ops.tiling import Tiles
 
 
 def line_of(coordinates: Tensor, sx: int, sy: int) -> Tensor:
@@ -139,20 +137,3 @@ def after_text(slots: SlotMap | None, text: Tensor) -> SlotMap | None:
 
     order, start = (joined(part - count * row) + (length + count) * row for part in (slots.order, slots.start))
     return SlotMap(joined(slots.slot), order, start)
-
-
-def log_sizes_after_text(text: Tensor, slots: SlotMap | None) -> Tensor | None:
-    """As `log_sizes`, for a sequence in which tokens of text stand before those of the grid: 0 for each of these.
-
-    Args:
-        text: `[B, T, C]`.
-        slots: From `match` or `match_along`.
-
-    Returns:
-        `[B, 1, T + K]`, rows of which are padded as NOTE [A mask in memory] wants them, or None where `slots` is None.
-    """
-    sizes = log_sizes(text, slots)
-    if sizes is None:
-        return None
-    total = text.shape[1] + sizes.shape[2]
-    return once(F.pad(sizes, (text.shape[1], ALIGNED - total % ALIGNED)))[..., :total]
