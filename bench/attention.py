@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 from torch.overrides import TorchFunctionMode
 
+from bench import markdown
 from bench.cards import CARDS, attention_kernel
 from bench.cuda_code import TORCH
 from tome_fx.families.weights import FLASH_WIDTHS, attend_by_channel
@@ -118,4 +118,4 @@ def chosen() -> str:
         "Flash is made for heads of some widths, and others run as the next of these."
     )
     heads = ["card", "channels of a head", *forms]
-    return "\n\n".join([setting, tabulate(lines, heads, tablefmt="github", disable_numparse=True)])
+    return "\n\n".join([setting, markdown.table(lines, heads)])

@@ -7,12 +7,11 @@ from typing import Any
 
 import diffusers
 import torch
-from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
 import tome_fx
-from bench import documents, models
+from bench import documents, markdown, models
 
 NOTE = (
     "By `tome_fx.explain`, for models from their configs and without weights: FLOPs of a call before merging over "
@@ -85,9 +84,16 @@ def run(path: Path) -> dict[str, Any]:
             if way == KEYS and name not in (*UNETS, "PixArt-Σ XL"):
                 continue  # attention of text and image together takes keys from the tokens that attend
             reports = [tome_fx.explain(tome_fx.transform(model, r, **options), latents, latents) for r in RATIOS]
-            row = {"model": name, "side": side, "way": way, "tflops": reports[0].flops_before / 1e12}
-            row |= {"tokens": max(site.tokens for site in reports[0].rows)}
-            rows.append(row | {"bounds": [round(report.bound, 3) for report in reports]})
+            rows.append(
+                {
+                    "model": name,
+                    "side": side,
+                    "way": way,
+                    "tflops": reports[0].flops_before / 1e12,
+                    "tokens": max(site.tokens for site in reports[0].rows),
+                    "bounds": [round(report.bound, 3) for report in reports],
+                }
+            )
     documents.write(path, document)
     return document
 
@@ -106,7 +112,7 @@ def table(document: dict[str, Any]) -> str:
         for row in document["rows"]
     ]
     heads = ["model", "image, px", "tokens", "TFLOPs", "merged", *(f"at {ratio:g}" for ratio in RATIOS)]
-    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+    return markdown.table(lines, heads)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

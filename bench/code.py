@@ -16,10 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
 from tqdm import tqdm
 
-from bench import documents, models
+from bench import documents, markdown, models
 from bench.cards import CARDS, Card
 from bench.cases import STOCK
 from bench.cuda_code import Code, Kernel, build, unavailable, worker, write
@@ -163,7 +162,7 @@ def table(document: dict[str, Any]) -> str:
         "registers, spilled B",
     ]
     heads += [f"{what}, µs, *estimated*" for what in ("all", "gained", "paid", "net")]
-    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+    return markdown.table(lines, heads)
 
 
 def options(text: str) -> tuple[str, Any]:

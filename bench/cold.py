@@ -8,12 +8,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
 from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
-from bench import documents, latency, measure, models
+from bench import documents, latency, markdown, measure, models
 from bench.cases import STOCK, Case
 from bench.runs import compiled
 from bench.variants import apply
@@ -77,7 +76,7 @@ def table(document: dict[str, Any]) -> str:
                 row = [name, what, f"{median(stock):.1f}", f"{median(ours):.1f}", f"{times[0]:.2f}x"]
                 lines.append([*row, f"{times[1]:.2f} - {times[2]:.2f}", min(len(stock), len(ours))])
     heads = ("model", "compiled", "stock s", "tome_fx s", "tome_fx / stock", "range", "rounds")
-    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+    return markdown.table(lines, heads)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,11 +10,10 @@ from typing import Any
 import tomesd
 import torch
 from diffusers import UNet2DConditionModel
-from tabulate import tabulate
 from tqdm import tqdm
 
 import tome_fx
-from bench import documents, measure, shapes, tables, viz
+from bench import documents, markdown, measure, shapes, tables, viz
 from bench.images import decode, denoise
 from bench.runs import RUNS, prepare
 from bench.shapes.scenes import HELD_OUT, SIDE, numbered
@@ -94,7 +93,7 @@ def table(document: dict[str, Any]) -> str:
     count = len(document["ratios"])
     heads = ["variant", "ms per step", "vs eager", "vs compile", "compile s", "graphs", "graph breaks"]
     heads += [f"compiles, {count} ratios", "the same again"]
-    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+    return markdown.table(lines, heads)
 
 
 def sweep(name: str, unet: UNet2DConditionModel) -> tuple[int, int]:

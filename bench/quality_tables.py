@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
-from tabulate import tabulate
-
+from bench import markdown
 from bench.cases import ROUNDED, STOCK, Case, told
 from bench.measure import ratios
 from bench.suites import POINTS, QUESTIONS, TODO, YARDSTICK
-from bench.tables import without_empty
 
 
 def speed_range(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float, float, float] | None:
@@ -90,22 +88,19 @@ def table(document: dict[str, Any]) -> str:
         lines.append([*line, "{:.2f}x ({:.2f} - {:.2f})".format(*speed) if speed else ""])
     heads = ["variant", "ratio", "options", f"FLOPs saved: {' / '.join(models)}"]
     heads += [*(COLUMNS[name].head for name in present), "Fréchet distance", "speed-up (range)"]
-    return without_empty(lines, heads)
+    return markdown.without_empty(lines, heads)
 
 
 def points(document: dict[str, Any]) -> str:
     """What we advise, beside the yardstick and what others and 0.1 do: FLOPs saved, and how far an image moves."""
     rows = {Case.read(row["case"]): row for row in document["rows"]}
-    shown = {
-        name: (case, ", ".join(filter(None, [case.ratios_told, told(case.options)]))) for name, case in POINTS.items()
-    }
-    shown |= {f"`{case.variant}`": (case, ", ".join(filter(None, _merging(case)))) for case in (YARDSTICK, *BESIDE)}
     lines = []
-    for name, (case, merging) in shown.items():
+    for name, case in (POINTS | {f"`{case.variant}`": case for case in (YARDSTICK, *BESIDE)}).items():
+        merging = ", ".join(filter(None, _merging(case)))
         saved = ["" if case == YARDSTICK else f"{rows[case]['flops_saved'][model]:.0%}" for model in ("sd15", "sdxl")]
         lines.append([name, merging, *saved, COLUMNS["psnr"].cell(rows[case]["psnr"])])
     heads = ["", "what is merged", "FLOPs saved, SD 1.5 at 1024 px", "SDXL at 1024 px", COLUMNS["psnr"].head]
-    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+    return markdown.table(lines, heads)
 
 
 def _merging(case: Case) -> list[str]:
@@ -139,4 +134,4 @@ def differences(document: dict[str, Any]) -> str:
             line.append(f"{mean} ({low} to {high})")
         lines.append(line)
     heads = ["difference", "ratio", "and of the other", "PSNR, dB", "latent error"]
-    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+    return markdown.table(lines, heads)

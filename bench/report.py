@@ -2,14 +2,11 @@
 
 import argparse
 import re
-from collections.abc import Mapping
-from itertools import groupby
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
-from bench import attention, bounds, code, cold, demo, documents, gpu, quality_tables, tables, weights
+from bench import attention, bounds, code, cold, demo, documents, gpu, markdown, quality_tables, tables, weights
 from bench.cells import Cell
 from bench.flops import LATENTS
 
@@ -120,13 +117,10 @@ def _tests(document: dict[str, Any]) -> list[str]:
 
 
 def _prototypes(document: dict[str, Any]) -> list[str]:
-    told = {name: f"{row['psnr']:.1f}" for name, row in document["rows"].items()}
-    told |= {
-        name: f"{told[name]} ± {row['interval']:.1f}" for name, row in document["rows"].items() if "interval" in row
-    }
-    heads = ["", "PSNR, dB"]
-    table = tabulate(list(told.items()), heads, tablefmt="github", disable_numparse=True)
-    return [f"{document['note']} {machine(document['machine'])}.", table]
+    lines = []
+    for name, row in document["rows"].items():
+        lines.append([name, f"{row['psnr']:.1f}" + (f" ± {row['interval']:.1f}" if "interval" in row else "")])
+    return [f"{document['note']} {machine(document['machine'])}.", markdown.table(lines, ["", "PSNR, dB"])]
 
 
 SECTIONS = {
@@ -141,28 +135,24 @@ SECTIONS = {
     "weights": _weights,
     "tests": _tests,
 }
-COMPUTED = {"attention-kernels": attention.chosen}  # of no file
-
-
+# Of no file of their own, from all results
+COMPUTED: dict[str, Callable[[dict[str, Any]], str]] = {
+    "points": lambda results: "\n\n".join(_points(results["quality"])),
+    "attention-kernels": lambda results: attention.chosen(),
+}
 VERDICTS = {"works": "yes", "works with a condition": "yes, if", "refused": "no"}
 
 
 def support(features: dict[str, Any]) -> str:
     """What works with what, by the tests that showed it: a table for each group."""
-    tables = []
-    for group, rows in groupby(
-        sorted(features.items(), key=lambda item: item[1]["group"]), lambda item: item[1]["group"]
-    ):
-        lines = []
-        for feature, row in rows:
-            outcomes = set(row["tests"].values())
-            if "failed" in outcomes:
-                raise ValueError(f"{feature}: a test failed: {row['tests']}")
-            verdict = VERDICTS[row["verdict"]] if outcomes == {"passed"} else "not shown: its test was skipped"
-            lines.append([feature, verdict, row["condition"]])
-        heads = [group, "", "condition"]
-        tables.append(tabulate(lines, heads, tablefmt="github", disable_numparse=True))
-    return "\n\n".join(tables)
+    groups: dict[str, list[list[str]]] = {group: [] for group in sorted({row["group"] for row in features.values()})}
+    for feature, row in features.items():
+        outcomes = set(row["tests"].values())
+        if "failed" in outcomes:
+            raise ValueError(f"{feature}: a test failed: {row['tests']}")
+        verdict = VERDICTS[row["verdict"]] if outcomes == {"passed"} else "not shown: its test was skipped"
+        groups[row["group"]].append([feature, verdict, row["condition"]])
+    return "\n\n".join(markdown.table(lines, [group, "", "condition"]) for group, lines in groups.items())
 
 
 def pages(root: Path) -> dict[Path, str]:
@@ -194,9 +184,8 @@ def main(arguments: argparse.Namespace) -> None:
     before = after = pages(ROOT)
     for name, document in results.items():
         after = fill(after, name, section(name, document))
-    after = fill(after, "points", "\n\n".join(_points(results["quality"])))
     for name, compute in COMPUTED.items():
-        after = fill(after, name, compute())
+        after = fill(after, name, compute(results))
     stale = [path.relative_to(ROOT) for path, text in after.items() if text != before[path]]
     if arguments.check:
         if stale:

@@ -1,11 +1,9 @@
 """Tables of latencies. Every ratio is taken within a round, and the median of those ratios is shown."""
 
-from itertools import compress
 from statistics import median, quantiles
 from typing import Any
 
-from tabulate import tabulate
-
+from bench import markdown
 from bench.measure import ratios
 from bench.runs import RUNS
 
@@ -45,14 +43,7 @@ def table(entry: dict[str, Any]) -> str:
         )
     heads = ["variant", f"{unit} (median)", "p10 - p90", "vs vanilla", "vs compile", "FLOP bound", "of the bound"]
     heads += ["over the oracle", "first call s", "graphs", "breaks", "recompiles", "GiB"]
-    return without_empty(lines, heads)
-
-
-def without_empty(lines: list[list[Any]], heads: list[str]) -> str:
-    """The table of these lines, without the columns that nothing stands in."""
-    filled = [any(line[i] != "" for line in lines if i < len(line)) for i in range(len(heads))]
-    kept = [[cell for cell, keep in zip(line, filled, strict=False) if keep] for line in lines]
-    return tabulate(kept, list(compress(heads, filled)), tablefmt="github", disable_numparse=True)
+    return markdown.without_empty(lines, heads)
 
 
 def breakdown(rows: dict[str, Any]) -> str:
@@ -67,7 +58,7 @@ def breakdown(rows: dict[str, Any]) -> str:
         over = ratios(*times) if len(times) > 1 else None
         lines.append([part, *(f"{median(ms):.2f}" if ms else "not measured" for ms in times), _times(over and over[0])])
     heads = ["part", *(f"{search}, ms (median)" for search in SEARCHES), " / ".join(SEARCHES)]
-    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+    return markdown.table(lines, heads)
 
 
 def speedup(rows: dict[str, Any], slow: str, fast: str) -> float | None:

@@ -10,10 +10,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
-from bench import documents, measure
+from bench import documents, markdown, measure
 from bench.attention import FORMS, HEADS, PLAIN, WIDTHS, kernel, weight_rows
 from bench.models import DTYPES
 
@@ -106,7 +105,7 @@ def table(document: dict[str, Any]) -> str:
                 ]
             )
     heads = ["channels of a head", "tokens", "weights as", "kernel", "ms (median)", f"over {PLAIN} (range)", "GiB"]
-    return tabulate(lines, heads, tablefmt="github", disable_numparse=True)
+    return markdown.table(lines, heads)
 
 
 def cells(tokens: Sequence[int], widths: Sequence[int] = WIDTHS, **common: Any) -> list[Cell]:
