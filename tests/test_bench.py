@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import table
+from support.measuring import interrupt_the_second
 from support.models import relative_error, sdxl
 from torch import Tensor, nn
 
@@ -158,16 +159,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
     path = tmp_path / "run.json"
     cells = [Cell("tiny", side) for side in (64, 128)]
     tasks = [Task(cell, ("sdpa", "tome_fx"), 2) for cell in cells]
-    measured: list[str] = []
-    real = measure.compare
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        measured.append(kwargs["title"])
-        if len(measured) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(measure, "compare", interrupted)
+    measured = interrupt_the_second(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         latency.run(tasks, path)
     first = documents.read(path)["cells"][0]

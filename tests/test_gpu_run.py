@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.measuring import interrupt_the_second
 
 from bench import attention, documents, gpu, latency, measure, models, quality, report, weights
 from bench.cells import Cell, Task, suite
@@ -173,15 +174,7 @@ def without_flex(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_go_on_where_they_were_stopped_and_become_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, compare, measured = tmp_path / "weights.json", measure.compare, []
-
-    def interrupted(*given: Any, **options: Any) -> Any:
-        measured.append(options["title"])
-        if len(measured) == 2:
-            raise KeyboardInterrupt
-        return compare(*given, **options)
-
-    monkeypatch.setattr(measure, "compare", interrupted)
+    path, measured = tmp_path / "weights.json", interrupt_the_second(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         weights.run(SMALL, path, 2)
     assert weights.left(SMALL, path) == SMALL[1:]

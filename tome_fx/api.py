@@ -61,8 +61,8 @@ def transform(
     Args:
         model: A `UNet2DConditionModel`, `ControlNetModel`, `UNetMotionModel` or `UNet3DConditionModel`, not compiled
             and not transformed yet. Of the last two the blocks over single frames are merged in, those over time never.
-            Or a transformer: a `PixArtTransformer2DModel`, `SD3Transformer2DModel`,
-            `SD3ControlNetModel`, `FluxTransformer2DModel`, `FluxControlNetModel` or `QwenImageTransformer2DModel`.
+            Or a transformer: a `PixArtTransformer2DModel`, `SD3Transformer2DModel`, `SD3ControlNetModel`,
+            `FluxTransformer2DModel`, `FluxControlNetModel` or `QwenImageTransformer2DModel`.
         ratio: Share of the tokens to remove, from 0 (the original, bit for bit) to `1 - 1 / (sx * sy)`. Half is
             where images still look the same, says the paper.
         tile: Side of the squares of tokens within which tokens are matched and ranked. The work of matching then grows
@@ -87,16 +87,16 @@ def transform(
         merge_mlp: Merge around the feed-forward as well. Costs quality.
         merge_block: Merge around whole blocks: norms, attention, cross-attention and feed-forward see merged tokens,
             and each token is given what its slot was changed by. Saves most, above all in SDXL and transformers, and
-            costs quality. Where places are turned into queries and keys, a merged token has the
-            place of its destination.
+            costs quality. Where places are turned into queries and keys, a merged token has the place of its
+            destination.
         prop_attn: Weigh each merged token in self-attention by how many tokens it stands for, which keeps the image far
             closer to the original. None does so wherever it can be done: with the attention processors of diffusers,
             but for those that take no mask, as in SD 3 and Qwen-Image, or attend across the batch, as
             perturbed-attention guidance does. True refuses a model where it cannot, and trusts processors that are not
             diffusers'. False is what tomesd does.
         share_match: Match before the first block of each transformer alone and merge in all its blocks by that, which
-            costs a decibel; SDXL's transformers have up to ten blocks. False matches before every block, as
-            tomesd does.
+            costs a decibel; SDXL's transformers have up to ten blocks. False matches before every block, as tomesd
+            does.
         dynamic_ratio: Make the number of kept tokens a dynamic size, so that one compiled graph serves every ratio
             that `set_ratio` gives it. The ratio is then a whole number of thousandths, and at 0 tokens are still
             matched. False compiles once for each ratio, and 0 is free.
