@@ -214,8 +214,24 @@ def test_the_oracle_is_our_graph_with_matching_merging_and_weights_removed(given
     weights = "weights_of_block_where_taken" if dict(given).get("merge_block") else "weights_where_taken"
     back = {"merge_queries": {"merged_keys"}, "merge_block": {"merge", "changed"}}
     assert names == {"match", weights} | next((back[name] for name, _ in given if name in back), {"merge", "unmerge"})
+    assert masks(oracle) == masks(ours)
+    assert set(masks(oracle).values()) - {None}
+
+
+def masks(unet: nn.Module) -> dict[str, Any]:
+    """The shapes of the masks that self-attention is given, None for none, by its path."""
+    seen: dict[str, Any] = {}
+
+    def look(path: str, given: dict[str, Any]) -> None:
+        mask = given["attention_mask"]
+        seen[path] = None if mask is None else mask.shape
+
+    for path, module in unet.named_modules():
+        if path.endswith("attn1"):
+            module.register_forward_pre_hook(lambda m, args, given, path=path: look(path, given), with_kwargs=True)
     with torch.no_grad():
-        assert oracle(**models.inputs(unet, 128, 2)).sample.isfinite().all()
+        assert unet(**models.inputs(unet, 128, 2)).sample.isfinite().all()
+    return seen
 
 
 def test_peers_act_at_the_finest_level_that_has_attention() -> None:
