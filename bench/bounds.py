@@ -5,9 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
-from torch import nn
 from tqdm import tqdm
 
 import tome_fx
@@ -24,34 +21,17 @@ WAYS: dict[str, dict[str, Any]] = {
     KEYS: {"merge_queries": False},
     "whole blocks": {"merge_block": True},
 }
-# Where a config departs from its class's defaults, which are nearly those of PixArt-Σ XL and Flux.1 dev
-TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "PixArt-Σ XL": ("PixArtTransformer2DModel", {"caption_channels": 4096}),
-    "SD 3.5 medium": (
-        "SD3Transformer2DModel",
-        {
-            "num_layers": 24,
-            "num_attention_heads": 24,
-            "caption_projection_dim": 1536,
-            "pos_embed_max_size": 384,
-            "dual_attention_layers": tuple(range(13)),
-            "qk_norm": "rms_norm",
-        },
-    ),
-    "SD 3.5 large": (
-        "SD3Transformer2DModel",
-        {
-            "num_layers": 38,
-            "num_attention_heads": 38,
-            "caption_projection_dim": 2432,
-            "pos_embed_max_size": 192,
-            "qk_norm": "rms_norm",
-        },
-    ),
-    "Flux.1 dev": ("FluxTransformer2DModel", {"guidance_embeds": True}),
-    "Qwen-Image": ("QwenImageTransformer2DModel", {}),
+MODELS = {
+    "SD 1.5": "sd15",
+    "SD 2.1": "sd21",
+    "SDXL": "sdxl",
+    "PixArt-Σ XL": "pixart",
+    "SD 3.5 medium": "sd35-medium",
+    "SD 3.5 large": "sd35-large",
+    "Flux.1 dev": "flux",
+    "Qwen-Image": "qwen",
 }
-UNETS = {"SD 1.5": "sd15", "SD 2.1": "sd21", "SDXL": "sdxl"}
+WITH_KEYS = (*models.UNETS, "pixart")
 IMAGES = (
     *(("SD 1.5", side) for side in (512, 1024)),
     ("SD 2.1", 768),
@@ -62,26 +42,14 @@ IMAGES = (
 )
 
 
-def build(name: str) -> nn.Module:
-    """A model without values."""
-    model: nn.Module
-    if name in UNETS:
-        model = models.build(UNETS[name], "meta")
-    else:
-        kind, config = TRANSFORMERS[name]
-        with torch.device("meta"):
-            model = getattr(diffusers, kind)(**config)
-    return model
-
-
 def run(path: Path) -> dict[str, Any]:
     """Count each way at each image, where a model has it."""
     rows: list[dict[str, Any]] = []
     document = documents.new("bounds", note=NOTE, **documents.origin("cpu"), rows=rows)
     for name, side in tqdm(IMAGES, file=sys.stderr, leave=False):
-        model, latents = build(name), side // models.LATENT
+        model, latents = models.build(MODELS[name], "meta"), side // models.LATENT
         for way, options in WAYS.items():
-            if way == KEYS and name not in (*UNETS, "PixArt-Σ XL"):
+            if way == KEYS and MODELS[name] not in WITH_KEYS:
                 continue  # attention of text and image together takes keys from the tokens that attend
             reports = [tome_fx.explain(tome_fx.transform(model, r, **options), latents, latents) for r in RATIOS]
             rows.append(

@@ -1,54 +1,60 @@
-"""FLOPs of a UNet call, counted for every variant alike: shapes alone go through it."""
+"""FLOPs of a call, counted for every variant alike: shapes alone go through it."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from statistics import fmean
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import models
 from bench.cases import Case
 from bench.variants import apply, predict
-from tome_fx.families.inputs import example_inputs
 from tome_fx.families.skeleton import skeleton
 
 LATENTS = 128  # along a side, of an image of 1024 px for Stable Diffusion: what savings are told for
-BESIDE = ("sd15", "sdxl")  # whose savings are told beside those of the model that makes the images
+BESIDE = {"unet": ("sd15", "sdxl"), "transformer": ("sd35-medium", "flux")}  # those whose savings are told as well
 
 
-def saving(name: str, unet: UNet2DConditionModel, steps: int) -> Callable[[Case], dict[str, float]]:
-    """What says of a case which share of the FLOPs of a UNet call it saves, by model: `unet` by this name, and others.
+def saving(name: str, model: nn.Module, steps: int) -> Callable[[Case], dict[str, float]]:
+    """What says of a case which share of the FLOPs of a call it saves, by model: `model` by this name, and others.
 
     Of a schedule it is the mean over its steps.
     """
-    stock = {name: (shapes := skeleton(unet), counted(Case(), shapes)), **{other: _beside(other) for other in BESIDE}}
+    others = BESIDE["unet" if isinstance(model, UNet2DConditionModel) else "transformer"]
+    stock = {name: _stock(skeleton(model)), **{other: _beside(other) for other in others}}
 
     def saved(case: Case) -> dict[str, float]:
-        return {key: 1 - counted(case, shapes, steps) / all_of_it for key, (shapes, all_of_it) in stock.items()}
+        return {key: 1 - counted(case, shapes, steps, side=side) / all for key, (shapes, side, all) in stock.items()}
 
     return saved
 
 
 @cache
-def _beside(name: str) -> tuple[UNet2DConditionModel, float]:
-    """A model's shapes, and the FLOPs of stock's call."""
-    shapes = models.build(name, "meta")
-    return shapes, counted(Case(), shapes)
+def _beside(name: str) -> tuple[nn.Module, int, float]:
+    return _stock(models.build(name, "meta"))
 
 
-def counted(case: Case, shapes: UNet2DConditionModel, steps: int = 1, *, side: int = LATENTS) -> float:
+def _stock(shapes: Any) -> tuple[nn.Module, int, float]:
+    """A model's shapes, the latents along a side that it is counted at, and the FLOPs of stock's call."""
+    side = min(LATENTS, shapes.config.get("pos_embed_max_size") or LATENTS)  # of a transformer with a table of places
+    return shapes, side, counted(Case(), shapes, side=side)
+
+
+def counted(case: Case, shapes: nn.Module, steps: int = 1, *, side: int = LATENTS) -> float:
     """FLOPs of a call for one image, the mean over so many steps; a multiply-add is two.
 
     Args:
         case: What is merged.
-        shapes: A UNet on the meta device.
+        shapes: A model on the meta device.
         steps: Denoising steps of an image, where the case has a schedule.
         side: Latents along a side.
     """
-    inputs = example_inputs(shapes, side, side, batch=1, device="meta")
+    inputs = models.example(shapes, side, side, 1)
     ratios = case.ratios(steps)
     counts = {}
     for ratio in set(ratios):

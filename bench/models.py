@@ -1,15 +1,18 @@
-"""UNets to measure: real architectures from their configs, weights from a seed. Latency does not depend on weights."""
+"""Models to measure: real architectures from their configs, weights from a seed. Latency does not depend on weights."""
 
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoModel, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from tome_fx.families.inputs import example_inputs
+from tome_fx.families.registry import family_of
 
-# Where a config departs from UNet2DConditionModel's defaults, which are Stable Diffusion 1's but for the context.
-CONFIGS: dict[str, dict[str, Any]] = {
+# Where a config departs from its class's defaults, which are Stable Diffusion 1's but for the context.
+UNETS: dict[str, dict[str, Any]] = {
     # Small enough for a laptop, wide enough at its finest level that attention is what costs, as at high resolution.
     "tiny": {
         "block_out_channels": (32, 64),
@@ -41,32 +44,70 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
+# Likewise, of transformers: the defaults are nearly those of PixArt-Σ XL and Flux.1 dev.
+SD3 = {"qk_norm": "rms_norm"}
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pixart": ("PixArtTransformer2DModel", {"caption_channels": 4096}),
+    "sd35-medium": (
+        "SD3Transformer2DModel",
+        SD3
+        | {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+        },
+    ),
+    "sd35-large": (
+        "SD3Transformer2DModel",
+        SD3 | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192},
+    ),
+    "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+    "qwen": ("QwenImageTransformer2DModel", {}),
+    # The widths of the real ones with few of their blocks, for a CPU
+    "pixart-shallow": ("PixArtTransformer2DModel", {"caption_channels": 4096, "num_layers": 4}),
+    "flux-shallow": ("FluxTransformer2DModel", {"guidance_embeds": True, "num_layers": 1, "num_single_layers": 2}),
+}
+CONFIGS = {**{name: ("UNet2DConditionModel", config) for name, config in UNETS.items()}, **TRANSFORMERS}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LATENT = 8  # image pixels along a side for one latent: Stable Diffusion's VAE
+LATENT = 8  # image pixels along a side for one latent: Stable Diffusion's VAE, and those of the transformers
 
 
-def build(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """A UNet by the name of its config, with weights from a seed, or from a diffusers folder."""
+def build(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A UNet or a transformer by the name of its config, with weights from a seed, or from a diffusers folder."""
     if name in CONFIGS:
+        kind, config = CONFIGS[name]
         with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(0)
-            unet = UNet2DConditionModel(**CONFIGS[name])
+            model = getattr(diffusers, kind)(**config)
         if dtype != torch.float32:
-            unet.to(dtype)
-        return unet.eval().requires_grad_(False)
+            model.to(dtype)
+        return model.eval().requires_grad_(False)
     if not Path(name).is_dir():
         raise ValueError(f"model must be one of {', '.join(CONFIGS)} or a diffusers folder, got {name!r}")
-    folder = "unet" if (Path(name) / "unet").is_dir() else None
-    unet = UNet2DConditionModel.from_pretrained(name, subfolder=folder, torch_dtype=dtype)
-    return unet.to(device).eval().requires_grad_(False)
+    part = next((part for part in ("unet", "transformer") if (Path(name) / part).is_dir()), None)
+    model = AutoModel.from_pretrained(name, subfolder=part, torch_dtype=dtype)
+    return model.to(device).eval().requires_grad_(False)
 
 
-def inputs(unet: UNet2DConditionModel, resolution: int, batch: int) -> dict[str, Any]:
-    """Seeded inputs for an image of `resolution` pixels a side; `batch` is the UNet's, guidance included."""
+def inputs(model: nn.Module, resolution: int, batch: int) -> dict[str, Any]:
+    """Seeded inputs for an image of `resolution` pixels a side; `batch` is the model's, guidance included."""
     side = resolution // LATENT
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return example_inputs(unet, side, side, batch=batch, device=unet.device, dtype=unet.dtype)
+        return example(model, side, side, batch)
+
+
+def example(model: nn.Module, height: int, width: int, batch: int) -> dict[str, Any]:
+    """Random inputs of the model's type and on its device, such as a pipeline would give it, at a latent size."""
+    some = next(model.parameters())
+    made = family_of(model).example_inputs(model, height, width, batch=batch, device=some.device)
+    return tree_map(lambda value: value.to(some.dtype) if _is_real(value) else value, made)  # type: ignore[no-any-return]
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:

@@ -15,7 +15,13 @@ from tome_fx.families.unet import Site, find_sites
 
 
 def finest_sites(unet: UNet2DConditionModel) -> list[Site]:
-    """The sites of the finest level that has attention."""
+    """The sites of the finest level that has attention.
+
+    Raises:
+        ValueError: The model has no levels.
+    """
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(f"tomesd, todo and hidiffusion merge in UNets, got a {type(unet).__name__}")
     sites = find_sites(unet)
     finest = min(site.downsample for site in sites)
     return [site for site in sites if site.downsample == finest]

@@ -66,6 +66,7 @@ RUNS = {
     "tome_fx+kv+compile": Run(
         "keys and values alone are merged", "tome_fx", options(merge_queries=False), compiled=True
     ),
+    "tome_fx+blocks+compile": Run("whole blocks are merged", "tome_fx", options(merge_block=True), compiled=True),
     "oracle+compile": Run("our graph with free matching and merging", "oracle", compiled=True),
     "todo+compile": Run("keys and values downsampled by 2 x 2, whatever the ratio", "todo", compiled=True),
     "hidiffusion+compile": Run(

@@ -199,7 +199,7 @@ def apply(case: Case, unet: UNet2DConditionModel, steps: int = 1) -> Any:
 
 
 def predict(call: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
-    """What a UNet, or what stands in its place, makes of the inputs of a UNet."""
-    given = dict(inputs)
-    result: Tensor = call(given.pop("sample"), **given).sample
+    """What a model, or what stands in its place, makes of its inputs, of which the tokens or latents come first."""
+    (_, first), *others = inputs.items()
+    result: Tensor = call(first, **dict(others)).sample
     return result

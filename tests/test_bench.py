@@ -190,6 +190,27 @@ def test_a_row_has_what_it_heeds_of_its_cells_ratio_and_options_and_its_own() ->
     assert runs.RUNS["compile"].case(0.5, given) == Case()
 
 
+def test_a_transformer_is_measured_as_a_unet_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16}
+    monkeypatch.setitem(models.CONFIGS, "small", ("SD3Transformer2DModel", small | {"in_channels": 4}))
+    names = ("sdpa", "tome_fx")
+    (entry,) = latency.run([Task(Cell("small", 128, guidance=False), names, 1)], tmp_path / "run.json")["cells"]
+    assert entry["bounds"]["sdpa"] == 1 < entry["bounds"]["tome_fx"]
+    rows = entry["rows"]
+    assert all(len(rows[name]["samples_ms"]) == 1 for name in ("sdpa", "tome_fx"))
+    assert rows["tome_fx"]["relative_error"] > 0
+    with pytest.raises(ValueError, match="merge in UNets, got a SD3Transformer2DModel"):
+        variants.apply(Case("todo", 0.75), models.build("small"))
+
+
+@pytest.mark.parametrize("name", ["sd21", "sdxl", "pixart-shallow", "flux-shallow"])
+def test_a_model_to_measure_takes_the_inputs_that_it_is_given(name: str) -> None:
+    shapes = skeleton(models.build(name, "meta"))
+    result = variants.predict(shapes, models.example(shapes, 32, 32, 1))
+    assert result.shape[0] == 1
+    assert result.numel() == 4 * 32 * 32 * (4 if name == "flux-shallow" else 2 if name == "pixart-shallow" else 1)
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -310,7 +331,7 @@ def test_flops_of_a_schedule_are_the_mean_of_its_steps() -> None:
 
 
 def test_savings_are_told_of_the_model_and_of_others_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flops, "BESIDE", ("tiny",))
+    monkeypatch.setattr(flops, "BESIDE", {"unet": ("tiny",), "transformer": ()})
     saved = flops.saving("mine", sdxl(), 4)(Case("todo", 0.75))
     assert saved.keys() == {"mine", "tiny"}
     assert 0 < saved["mine"] < saved["tiny"] < 1
