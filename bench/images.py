@@ -1,4 +1,4 @@
-"""Images of a pipeline whose UNet is another: latents from seeds, and the pixels that they decode to."""
+"""Images of a pipeline whose denoiser is another: latents from seeds, and the pixels that they decode to."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,26 +18,32 @@ class Images:
     pixels: Tensor
 
 
-class AsUNet(nn.Module):
-    """Lets a pipeline call a variant, whatever it is, where it expects a UNet; what else it reads is the UNet's own."""
+class AsDenoiser(nn.Module):
+    """Lets a pipeline call a variant in the place of its denoiser, whose own is whatever else it reads."""
 
-    def __init__(self, call: Callable[..., Any], unet: UNet2DConditionModel) -> None:
+    def __init__(self, call: Callable[..., Any], denoiser: nn.Module) -> None:
         super().__init__()
         self.call = call
-        self.unet = unet
+        self.denoiser = denoiser
 
     def __getattr__(self, name: str) -> Any:
-        """What is not found here is looked for in the UNet: SDXL's pipeline reads its `add_embedding`."""
+        """What is not found here is looked for in the denoiser: SDXL's pipeline reads its `add_embedding`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "unet":  # not there yet, or there is no end to it
+            if name == "denoiser":  # not there yet, or there is no end to it
                 raise
-            return getattr(self.unet, name)
+            return getattr(self.denoiser, name)
 
-    def forward(self, sample: Tensor, timestep: Tensor, **kwargs: Any) -> Any:
-        """The sample is given by position, as `bench.variants` asks for, all else by name."""
-        return self.call(sample, timestep=timestep, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The sample or the tokens are given by position, as `bench.variants` asks for, all else by name."""
+        first, *time = args or (kwargs.pop("hidden_states"),)
+        return self.call(first, **dict(zip(("timestep",), time, strict=False)), **kwargs)
+
+
+def denoiser_name(pipe: Any) -> str:
+    """What a pipeline calls the part that removes noise."""
+    return next(name for name in ("unet", "transformer") if hasattr(pipe, name))
 
 
 def denoise(
@@ -47,15 +52,16 @@ def denoise(
     """Latents of an image for each seed; the pipeline itself is left as it is.
 
     Args:
-        pipe: A pipeline with a UNet.
+        pipe: A pipeline with a UNet or a transformer.
         call: What is called in its place.
         seeds: Of the noise that each image begins as.
         steps: Denoising steps.
         guidance: Scale of the classifier-free guidance; 1 for none.
         **inputs: What else the pipeline is given: prompts, or their embeddings, and the size.
     """
-    unet = pipe.unet
-    pipe.unet = AsUNet(call, unet)
+    name = denoiser_name(pipe)
+    denoiser = getattr(pipe, name)
+    setattr(pipe, name, AsDenoiser(call, denoiser))
     try:
         latents: Tensor = pipe(
             num_inference_steps=steps,
@@ -65,7 +71,7 @@ def denoise(
             **inputs,
         ).images
     finally:
-        pipe.unet = unet
+        setattr(pipe, name, denoiser)
     return latents
 
 
@@ -96,6 +102,8 @@ def generate(
         latents = denoise(pipe, call, seeds=range(first, first + len(some)), prompt=some, **how)
         pixels = decode(pipe, latents)
         if not pixels.isfinite().all():
-            raise ValueError(f"an image is not finite: try another dtype than {pipe.unet.dtype}")
+            raise ValueError(
+                f"an image is not finite: try another dtype than {getattr(pipe, denoiser_name(pipe)).dtype}"
+            )
         parts.append((latents.float().cpu(), pixels.float().cpu()))
     return Images(*map(torch.cat, zip(*parts, strict=True)))

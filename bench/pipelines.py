@@ -7,13 +7,15 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from bench import shapes
+from bench.images import denoiser_name
 from bench.models import DTYPES
 from bench.shapes.scenes import HELD_OUT, Scene, numbered
 
 
 def load(pipeline: str, device: str = "cpu", dtype: str = "fp32") -> Any:
-    """The shapes pipeline, or that of a folder."""
-    pipe = shapes.pipeline() if pipeline == "shapes" else DiffusionPipeline.from_pretrained(pipeline)
+    """A shapes pipeline, or that of a folder."""
+    known = shapes.PIPELINES.get(pipeline)
+    pipe = known() if known else DiffusionPipeline.from_pretrained(pipeline)
     pipe.to(device)
     if dtype != "fp32":
         pipe.to(DTYPES[dtype])
@@ -24,7 +26,7 @@ def load(pipeline: str, device: str = "cpu", dtype: str = "fp32") -> Any:
 
 def sides(pipe: Any) -> dict[str, int]:
     """Height and width, in pixels, of the images that a pipeline makes if it is not told otherwise."""
-    latents = pipe.unet.config.sample_size
+    latents = getattr(pipe, denoiser_name(pipe)).config.sample_size
     height, width = (latents, latents) if isinstance(latents, int) else latents
     return {"height": height * pipe.vae_scale_factor, "width": width * pipe.vae_scale_factor}
 
@@ -39,8 +41,9 @@ def prompts_for(pipeline: str, path: Path | None, count: int) -> tuple[list[str]
         raise ValueError(f"n must be at least 1, got {count}")
     if path is not None:
         return read_prompts(path, count), []
-    if pipeline != "shapes":
-        raise ValueError("prompts must be a file of prompts, for any pipeline but shapes; got none")
+    if pipeline not in shapes.PIPELINES:
+        known = " and ".join(shapes.PIPELINES)
+        raise ValueError(f"prompts must be a file of prompts, for any pipeline but {known}; got none")
     scenes = numbered(HELD_OUT, count)
     return [scene.caption for scene in scenes], scenes
 

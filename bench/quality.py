@@ -14,16 +14,15 @@ from torch import Tensor
 from bench import documents, measure, shapes, viz
 from bench.cases import ROUNDED, STOCK, Case
 from bench.flops import saving
-from bench.images import Images, generate
+from bench.images import Images, denoiser_name, generate
 from bench.metrics import compare, judging, perceiving
-from bench.models import DTYPES
+from bench.models import DTYPES, example
 from bench.options import add_merging, merging, note_given, refuse_idle
 from bench.pipelines import load, prompts_for, sides
 from bench.quality_tables import table
 from bench.shapes.scenes import SIDE, draw
 from bench.suites import SUITES
 from bench.variants import VARIANTS, apply, check, merged, predict
-from tome_fx.families.inputs import example_inputs
 
 NOTE = "The i-th image of every row is from seed i and prompt i."
 ROUNDS = 9  # of timed calls
@@ -70,7 +69,9 @@ def run(
         return document, {}
     judged = judging(scenes) if scenes else None
     perceived = perceiving(texts) if not scenes else None
-    saved = saving(pipeline, pipe.unet, steps)
+    denoiser = getattr(pipe, denoiser_name(pipe))
+    asked = shapes.inputs(pipe) if pipeline in shapes.PIPELINES else {}
+    saved = saving(pipeline, denoiser, steps)
     if judged:  # what the measures say of as many real images: the best that there is
         pixels = draw(scenes, SIDE) / 2 + 0.5
         document["real"] = judged(Images(pixels, pixels))
@@ -78,8 +79,8 @@ def run(
     pictures = {}
     for case in dict.fromkeys([Case(), *left]):
         torch.manual_seed(0)  # tomesd draws from the process's generator
-        call = apply(case, pipe.unet, steps)
-        images = generate(pipe, call, texts, **how, batch=batch, title=case.title, **size)
+        call = apply(case, denoiser, steps)
+        images = generate(pipe, call, texts, **how, batch=batch, title=case.title, **size, **asked)
         stock = stock or images
         row = {"case": case.stored(), "argv": sys.argv[1:], "flops_saved": saved(case), **compare(images, stock)}
         row |= judged(images) if judged else {}
@@ -110,7 +111,7 @@ def _add(row: dict[str, Any], document: dict[str, Any]) -> None:
 
 
 def add_times(path: Path, side: int, rounds: int, device: str = "cpu", dtype: str = "fp32") -> dict[str, Any]:
-    """Time an eager call of the UNet, an image under guidance, for every row of the file; the rows take turns.
+    """Time an eager call of the denoiser, an image under guidance, for every row of the file; the rows take turns.
 
     Args:
         path: The file, to which the times are added; stock must be among its rows.
@@ -121,11 +122,12 @@ def add_times(path: Path, side: int, rounds: int, device: str = "cpu", dtype: st
     """
     document = documents.read(path)
     pipe = load(document["pipeline"], device, dtype)
-    inputs = example_inputs(pipe.unet, side, side, device=device, dtype=DTYPES[dtype])
+    denoiser = getattr(pipe, denoiser_name(pipe))
+    inputs = example(denoiser, side, side, 2)
     cases = [Case.read(row["case"]) for row in document["rows"]]
 
     def make(case: Case) -> measure.Call:
-        return partial(predict, apply(case, pipe.unet, document["steps"]), inputs)
+        return partial(predict, apply(case, denoiser, document["steps"]), inputs)
 
     runs = {case.title: partial(make, case) for case in cases}
     timed = measure.compare(runs, exact=None, rounds=rounds, device=device, title="speed")
@@ -157,7 +159,9 @@ OF_A_SUITE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench quality`."""
     note_given(parser)
-    parser.add_argument("--pipeline", default="shapes", help="shapes, or the folder of a pipeline with a UNet")
+    parser.add_argument(
+        "--pipeline", default="shapes", help=f"{', '.join(shapes.PIPELINES)}, or the folder of a pipeline"
+    )
     parser.add_argument("--variant", nargs="+", choices=list(VARIANTS)[1:], default=["tome_fx", "tomesd"])
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.25, 0.5, 0.75])
     add_merging(parser)

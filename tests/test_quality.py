@@ -34,7 +34,8 @@ from bench import (
     viz,
 )
 from bench.cases import DEFAULTS, Case, options
-from bench.images import AsUNet, Images, generate
+from bench.images import AsDenoiser, Images, generate
+from bench.shapes import blank
 from bench.shapes.scenes import HELD_OUT, SIDE, draw, numbered
 
 mpl.use("agg")
@@ -47,7 +48,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def small_models_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Savings are not told of models that take seconds to count."""
-    monkeypatch.setattr(flops, "BESIDE", ("tiny",))
+    monkeypatch.setattr(flops, "BESIDE", {"unet": ("tiny",), "transformer": ()})
 
 
 def pictures(count: int = 64) -> Images:
@@ -339,7 +340,9 @@ def test_quality_over_flops_is_drawn_with_peers_advice_and_yardstick() -> None:
 
 def test_another_pipeline_needs_prompts_and_is_told_what_cannot_be_measured(tmp_path: Path, monkeypatch: Any) -> None:
     options: dict[str, Any] = {"count": 1, "steps": 1, "guidance": 3.0, "path": tmp_path / "q.json"}
-    with pytest.raises(ValueError, match="prompts must be a file of prompts, for any pipeline but shapes; got none"):
+    with pytest.raises(
+        ValueError, match="a file of prompts, for any pipeline but shapes and shapes-transformer; got none"
+    ):
         quality.run(str(shapes.PIPELINE), [Case()], prompts=None, **options)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n")
@@ -378,12 +381,34 @@ def test_metrics_of_perception_are_built_once_and_see_each_image(monkeypatch: An
 
 def test_a_pipeline_of_sdxl_finds_in_a_variant_what_it_reads_of_its_unet() -> None:
     unet = sdxl()
-    variant = AsUNet(lambda sample, **inputs: {"sample": sample, **inputs}, unet)
+    variant = AsDenoiser(lambda *args, **inputs: (args, inputs), unet)
     assert variant.add_embedding is unet.add_embedding
     assert (variant.config, variant.dtype, variant.device) == (unet.config, unet.dtype, unet.device)
-    assert variant(1, 2, c=3) == {"sample": 1, "timestep": 2, "c": 3}
+    assert variant(1, 2, c=3) == ((1,), {"timestep": 2, "c": 3})
+    assert variant(hidden_states=1, timestep=2) == ((1,), {"timestep": 2})  # as transformers are called
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = variant.no_such_thing
+
+
+def test_a_transformer_is_judged_as_a_unet_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shapes.PIPELINES, "shapes-transformer", lambda: blank.transformer_pipeline(shapes.pipeline()))
+    merging = [Case("tome_fx", 0.5), Case("tome_fx", 0.5, options(merge_block=True))]
+    document, _ = quality.run(
+        "shapes-transformer",
+        [Case("bf16"), *merging],
+        count=1,
+        steps=1,
+        guidance=3.0,
+        prompts=None,
+        path=tmp_path / "q.json",
+        size={"height": 64, "width": 64},
+    )
+    rows = {Case.read(row["case"]): row for row in document["rows"]}
+    assert rows[Case()]["latent_error"] == [0]
+    for case in (Case("bf16"), *merging):
+        assert 0 < rows[case]["latent_error"][0] < 0.5
+    attention, blocks = (rows[case]["flops_saved"]["shapes-transformer"] for case in merging)
+    assert 0.3 < attention < blocks < 0.7
 
 
 def test_a_run_on_the_cpu_names_no_gpu(monkeypatch: Any) -> None:

@@ -13,8 +13,9 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from bench import documents, report, shapes
+from bench.images import generate
+from bench.shapes import blank, train
 from bench.shapes import reader as judge
-from bench.shapes import train
 from bench.shapes.fit import fit
 from bench.shapes.scenes import COLOURS, HELD_OUT, SHAPES, SIDE, THINGS, Scene, draw, numbered
 from bench.shapes.tokenizer import word_tokenizer
@@ -134,6 +135,37 @@ def test_training_that_is_stopped_ends_where_training_that_is_not_ends(tmp_path:
         assert torch.equal(mine, theirs)
         assert not mine.requires_grad
     assert (tmp_path / "whole.log").read_text() == (tmp_path / "stopped.log").read_text()
+
+
+def test_a_transformer_is_trained_for_the_trained_pipeline_and_loaded_with_its_other_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: StableDiffusionPipeline
+) -> None:
+    monkeypatch.setattr(train, "sample", lambda pipe, scenes, side: draw(scenes, side))
+    folder, run = tmp_path / "transformer", tmp_path / "run"
+    command = ["train", "--transformer", str(folder), "--run", str(run), "--coarse-steps", "1", "--steps", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    train.main()
+    trained, fresh = shapes.transformer_pipeline(folder), blank.transformer_pipeline(pipe)
+    assert trained.text_encoder is trained.text_encoder_2
+    for part in ("transformer", "text_encoder"):
+        new, old = (getattr(one, part).state_dict() for one in (trained, fresh))
+        rounded = {name: value.half().float() for name, value in old.items()}
+        assert not all(torch.equal(new[name].half().float(), rounded[name]) for name in new)
+    sizes = [path.stat().st_size for path in folder.rglob("*.safetensors")]
+    assert len(sizes) == 2
+    assert sum(sizes) <= 12e6
+    assert "right: " in (run / "transformer.log").read_text()
+    image = generate(
+        trained,
+        trained.transformer,
+        ["a red circle"],
+        steps=1,
+        guidance=3.0,
+        height=32,
+        width=32,
+        **shapes.inputs(trained),
+    ).pixels
+    assert image.shape == (1, 3, 32, 32)
 
 
 def test_every_caption_fits_the_tokenizer_and_every_word_is_one_token(pipe: StableDiffusionPipeline) -> None:

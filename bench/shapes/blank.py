@@ -1,11 +1,18 @@
-"""The shapes pipeline before it is trained: its sizes and its schedule."""
+"""The shapes pipelines before they are trained: their sizes and their schedules."""
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from bench.models import assemble
-from bench.shapes import TEXT_TOKENS
+from bench.shapes import TEXT_TOKENS, with_transformer
 from bench.shapes.scenes import SIDE, numbered
 from bench.shapes.tokenizer import word_tokenizer
 
@@ -34,6 +41,32 @@ def pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
     tokenizer.model_max_length = TEXT_TOKENS
     text_encoder = _text_encoder(tokenizer)
     return assemble(_unet(), vae, _scheduler(), text_encoder, tokenizer)
+
+
+def transformer_pipeline(trained: StableDiffusionPipeline) -> StableDiffusion3Pipeline:
+    """A pipeline of a transformer that is untrained, and of a trained one, as whose text encoder its own begins."""
+    torch.manual_seed(0)
+    config = CLIPTextConfig(**trained.text_encoder.config.to_dict() | {"projection_dim": WIDTH})
+    text_encoder = CLIPTextModelWithProjection(config)
+    text_encoder.text_model.load_state_dict(trained.text_encoder.state_dict())
+    return with_transformer(trained, _transformer(), text_encoder)
+
+
+def _transformer() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=SIDE // 4,
+        patch_size=1,  # 32 x 32 tokens, as the UNet has at its finest level
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        num_attention_heads=5,
+        attention_head_dim=32,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=160,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=SIDE // 4,
+        qk_norm="rms_norm",
+    )
 
 
 def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

@@ -106,8 +106,8 @@ def _spread(label: Tensor, dim: int) -> Tensor:
     return label
 
 
-def load() -> Reader:
+def load(weights: Path = WEIGHTS) -> Reader:
     """The trained reader."""
     reader = Reader()
-    reader.load_state_dict(load_file(WEIGHTS))
+    reader.load_state_dict(load_file(weights))
     return reader.eval()

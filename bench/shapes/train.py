@@ -4,18 +4,18 @@ Each of the three can be stopped at any time and goes on where it was.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bench.images import generate
-from bench.shapes import GUIDANCE, PIPELINE, blank
+from bench.images import denoiser_name, generate
+from bench.shapes import GUIDANCE, PIPELINE, blank, inputs
 from bench.shapes import reader as judge
 from bench.shapes.fit import fit
 from bench.shapes.reader import Reader
@@ -68,12 +68,10 @@ def train_vae(folder: Path, steps: int) -> AutoencoderKL:
     return vae
 
 
-def train_denoiser(
-    folder: Path, vae: AutoencoderKL, reader: Reader, coarse: int, steps: int
-) -> StableDiffusionPipeline:
-    """UNet and text encoder together, on images of half the side first, which cost a sixth."""
-    pipe = blank.pipeline(vae)
-    both = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+def train_denoiser(path: Path, pipe: DiffusionPipeline, reader: Reader, coarse: int, steps: int) -> None:
+    """Denoiser and text encoder together, on images of half the side first, which cost a sixth."""
+    vae, name = pipe.vae, denoiser_name(pipe)
+    both = nn.ModuleDict({name: getattr(pipe, name), "text_encoder": pipe.text_encoder})
     test = numbered(HELD_OUT, 48)
 
     def loss(step: int) -> Tensor:
@@ -83,32 +81,57 @@ def train_denoiser(
         with torch.no_grad():
             images = draw(scenes, SIDE if fine else SIDE // 2)
             latents = vae.encode(images).latent_dist.sample() * vae.config.scaling_factor
-        noise = torch.randn_like(latents)
-        times = torch.randint(0, pipe.scheduler.config.num_train_timesteps, (len(latents),))
         told = torch.rand(len(scenes)) > 0.1  # the others train what guidance leads away from
         captions = [one.caption if tell else "" for one, tell in zip(scenes, told, strict=True)]
-        hidden = pipe.text_encoder(tokens(pipe.tokenizer, captions))[0]
-        result = pipe.unet(pipe.scheduler.add_noise(latents, noise, times), times, hidden).sample
+        error = ERRORS[name](pipe, latents, torch.randn_like(latents), captions)
         # grounds are most of an image and none of its caption: a shape's outline would hardly be learnt beside them
         weight = 1 + 4 * cover(scenes, latents.shape[-1], reach=0.05).expand_as(latents)
-        error = (result - pipe.scheduler.get_velocity(latents, noise, times)).square()
         mean: Tensor = (weight * error).sum() / weight.sum()
         return mean
 
     def show(step: int) -> str:
         both.eval()
         images = sample(pipe, test, SIDE if step >= coarse else SIDE // 2)
-        write_grid(folder / f"samples-{step}.png", images[:32], 8)
+        write_grid(path.parent / f"{path.stem}-{step}.png", images[:32], 8)
         return f"right: {reader.right(test, images).float().mean():.3f}"
 
-    fit(folder / "denoiser.pt", both, loss, steps=steps, rate=1e-3, decay=0.999, show=show)
-    return pipe
+    fit(path, both, loss, steps=steps, rate=1e-3, decay=0.999, show=show)
 
 
-def sample(pipe: StableDiffusionPipeline, scenes: Sequence[Scene], side: int) -> Tensor:
+def of_velocity(pipe: StableDiffusionPipeline, latents: Tensor, noise: Tensor, captions: list[str]) -> Tensor:
+    """The squared error of a UNet that predicts velocities, at times drawn evenly, as large as the latents."""
+    times = torch.randint(0, pipe.scheduler.config.num_train_timesteps, (len(latents),))
+    hidden = pipe.text_encoder(tokens(pipe.tokenizer, captions))[0]
+    result = pipe.unet(pipe.scheduler.add_noise(latents, noise, times), times, hidden).sample
+    error: Tensor = (result - pipe.scheduler.get_velocity(latents, noise, times)).square()
+    return error
+
+
+def of_flow(pipe: StableDiffusion3Pipeline, latents: Tensor, noise: Tensor, captions: list[str]) -> Tensor:
+    """The squared error of flow matching, as large as the latents.
+
+    Times are drawn as "Scaling Rectified Flow Transformers" (2024), arXiv 2403.03206, found best: most in the middle.
+    """
+    share = torch.randn(len(latents), 1, 1, 1).sigmoid()
+    hidden, _, pooled, _ = pipe.encode_prompt(captions, None, None, do_classifier_free_guidance=False, **inputs(pipe))
+    result = pipe.transformer(
+        (1 - share) * latents + share * noise,
+        timestep=share.flatten() * pipe.scheduler.config.num_train_timesteps,
+        encoder_hidden_states=hidden,
+        pooled_projections=pooled,
+    ).sample
+    error: Tensor = (result - (noise - latents)).square()
+    return error
+
+
+ERRORS: dict[str, Callable[..., Tensor]] = {"unet": of_velocity, "transformer": of_flow}
+
+
+def sample(pipe: DiffusionPipeline, scenes: Sequence[Scene], side: int) -> Tensor:
     """Images `[B, 3, side, side]` from -1 to 1 of the scenes' captions, the i-th from seed i."""
     captions = [one.caption for one in scenes]
-    images = generate(pipe, pipe.unet, captions, steps=12, guidance=GUIDANCE, height=side, width=side)
+    denoiser = getattr(pipe, denoiser_name(pipe))
+    images = generate(pipe, denoiser, captions, steps=12, guidance=GUIDANCE, height=side, width=side, **inputs(pipe))
     return 2 * images.pixels - 1
 
 
@@ -126,16 +149,28 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("out/shapes"), help="where what is not finished is kept")
     parser.add_argument("--reader-steps", type=int, default=1500)
     parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--coarse-steps", type=int, default=2500, help="steps of the denoiser at half the side")
-    parser.add_argument("--steps", type=int, default=4700, help="steps of the denoiser in all")
+    parser.add_argument("--coarse-steps", type=int, default=2500, help="steps of a denoiser at half the side")
+    parser.add_argument("--steps", type=int, default=4700, help="steps of a denoiser in all")
     parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="where the trained pipeline is written")
     parser.add_argument("--reader", type=Path, default=judge.WEIGHTS, help="where the trained reader is written")
+    parser.add_argument(
+        "--transformer",
+        type=Path,
+        help="train no more than a diffusion transformer for the trained pipeline, and write it to this folder",
+    )
     a = parser.parse_args()
     a.run.mkdir(parents=True, exist_ok=True)
+    if a.transformer:
+        pipe = blank.transformer_pipeline(StableDiffusionPipeline.from_pretrained(a.pipeline, local_files_only=True))
+        train_denoiser(a.run / "transformer.pt", pipe, judge.load(a.reader), a.coarse_steps, a.steps)
+        pipe.transformer.half().save_pretrained(a.transformer / "transformer")
+        pipe.text_encoder.save_pretrained(a.transformer / "text_encoder")
+        return
     reader = train_reader(a.run, a.reader_steps)
     save_file(reader.state_dict(), a.reader)
     vae = train_vae(a.run, a.vae_steps)
-    pipe = train_denoiser(a.run, vae, reader, coarse=a.coarse_steps, steps=a.steps)
+    pipe = blank.pipeline(vae)
+    train_denoiser(a.run / "denoiser.pt", pipe, reader, a.coarse_steps, a.steps)
     for module in (pipe.unet, pipe.vae):  # loaded as float32 all the same; transformers would load float16 as such
         module.half()
     pipe.save_pretrained(a.pipeline)
