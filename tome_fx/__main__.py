@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = commands.add_parser(
         "explain",
         help="what merging saves in the model of a folder, by its config alone",
+        usage="%(prog)s FOLDER --height ROWS --width COLUMNS [--ratio RATIO] [options of tome_fx.transform]",
         description="What merging saves in a model, by its config alone: no weights are read.",
         allow_abbrev=False,
     )
