@@ -7,8 +7,10 @@ READY := $(VENV)/.ready
 # The oldest versions that are supported, in an environment of their own
 FLOOR := .venv-floor
 FLOOR_READY := $(FLOOR)/.ready
+# An environment that has tome_fx from its wheel alone
+CLEAN := .venv-wheel
 
-.PHONY: help demo test test-all test-floor lint bench gpu report clean
+.PHONY: help demo test test-all test-floor lint wheel bench gpu report clean
 
 help: ## Show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
@@ -44,6 +46,7 @@ test-floor: $(FLOOR_READY) ## Run the library's fast tests on the oldest torch a
 	$(FLOOR)/bin/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal \
 		--ignore tests/cuda_code --ignore tests/test_bench.py \
 		--ignore tests/test_quality.py --ignore tests/test_shapes.py --ignore tests/test_gpu_run.py \
+		--ignore tests/test_packaging.py \
 		--ignore-glob "tests/test_transformer*.py" \
 		-W "ignore:User provided device_type of 'cuda':UserWarning"
 
@@ -52,6 +55,18 @@ lint: $(READY) ## Check style, types, and that the pages' numbers are those of b
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m bench report --check
+
+# Other packages are those of .venv: a path in a .pth file brings what lies there, and not the editable tome_fx beside it.
+wheel: $(READY) ## Build wheel and sdist, check them, and use the wheel in an environment of its own
+	rm -rf dist $(CLEAN)
+	$(BIN)/python -m build --quiet --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m venv --without-pip $(CLEAN)
+	$(BIN)/python -m pip --python $(CLEAN)/bin/python install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(CLEAN)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/others.pth
+	cd / && $(CURDIR)/$(CLEAN)/bin/python -I -m tome_fx info
+	cd / && $(CURDIR)/$(CLEAN)/bin/python -I $(CURDIR)/.ci/use_wheel.py
 
 bench: $(READY) ## Measure what two cores can; with JSON=bench/results/cpu.json for the docs
 	$(BIN)/python -m bench latency --suite cpu --breakdown $(if $(JSON),--json $(JSON))
@@ -64,4 +79,4 @@ report: $(READY) ## Write the pages' tables and plots from bench/results
 	$(BIN)/python -m bench report
 
 clean: ## Remove the environment and what was built
-	rm -rf $(VENV) $(FLOOR) out build dist *.egg-info
+	rm -rf $(VENV) $(FLOOR) $(CLEAN) out build dist *.egg-info

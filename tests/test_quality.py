@@ -461,46 +461,6 @@ def test_a_schedule_merges_as_the_librarys_own_does() -> None:
     assert torch.equal(outputs[0], predict(unet))
 
 
-def test_a_merge_map_paints_each_group_in_its_mean_colour_and_leaves_the_rest() -> None:
-    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
-    slot = torch.arange(16)
-    slot[[1, 2]] = 0  # three tokens of 4 x 4 pixels in the first row
-    result = viz.merge_map(image, slot, 4, 4)
-    mean = image[:, :4, :12].mean((1, 2))
-    assert torch.allclose(result[:, :3, :11], mean[:, None, None].expand(3, 3, 11), atol=1e-6)
-    assert torch.equal(result[:, 4:], image[:, 4:])
-    assert torch.equal(result[:, :4, 12:], image[:, :4, 12:])
-
-
-def test_a_merge_map_outlines_groups() -> None:
-    image = torch.ones(3, 16, 16)
-    slot = torch.arange(16)
-    slot[[5, 6]] = 4
-    result = viz.merge_map(image, slot, 4, 4)
-    for border in (result[:, 4, :12], result[:, 7, :12], result[:, 4:8, 11]):  # no neighbour is at the left
-        assert (border < 1).all()
-    assert (result[:, 5:7, :11] == 1).all()
-    assert (result[:, 4:8, 12:] == 1).all()
-
-
-def test_slots_are_recorded_and_the_model_is_left_without_hooks() -> None:
-    unet = tome_fx.transform(one_stage(), 0.5)
-    given = model_inputs(unet)
-    with torch.no_grad(), viz.recorded_slots(unet) as slots:
-        for _ in range(2):
-            unet(**given)
-    assert {len(calls) for calls in slots.values()} == {2}
-    assert all(slot.shape == (2, 32 * 32) for calls in slots.values() for slot in calls)
-    assert not any(module._forward_pre_hooks for module in unet.modules())
-
-
-def test_blocks_without_a_slot_map_make_no_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unet = tome_fx.transform(one_stage(), 0.5, merge_block=True)
-    monkeypatch.setattr(viz, "generate", lambda *args, **how: pictures(1))
-    with pytest.raises(ValueError, match="no block has a slot map to draw: none has at a ratio of 0 or with merge_bl"):
-        viz.merge_maps(tmp_path / "map.png", SimpleNamespace(unet=unet), "a circle", "map", steps=1, guidance=1.0)
-
-
 def test_a_grid_is_written_with_a_column_for_each_title(tmp_path: Path) -> None:
     images = [torch.rand(3, 8, 8) for _ in range(2)]
     viz.grid(tmp_path / "two.png", {"a": images, "b": images}, ["first", "second"])

@@ -1,5 +1,6 @@
 """Token merging as a compiler pass: a diffusers model in, one with fewer tokens out, `torch.compile` takes it whole."""
 
+from tome_fx import viz
 from tome_fx.api import set_ratio, transform
 from tome_fx.plan import TOMESD, TransformError, __version__
 from tome_fx.tools.diagnose import diagnose
@@ -20,4 +21,5 @@ __all__ = [
     "explain",
     "set_ratio",
     "transform",
+    "viz",
 ]

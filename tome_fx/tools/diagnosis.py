@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tabulate import tabulate
-
 EAGERLY = (
     "see that torch.compile is not disabled and that the part is called at all; where it is, dynamo has compiled this "
     "code as often as it will, which fullgraph=True makes an error, and dynamic=True helps against where sizes vary"
@@ -77,6 +75,8 @@ class Diagnosis:
 
     def __str__(self) -> str:
         """Every finding with its advice."""
+        from tabulate import tabulate  # only tables need it
+
         count = self.graphs_first_call
         lines = [f"{self.title}\n\n{count or 'No'} graph{'s' * (count != 1)} compiled in the first call."]
         if self.parts > 1:

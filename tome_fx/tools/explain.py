@@ -4,7 +4,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from tabulate import tabulate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -63,6 +62,8 @@ class Report:
 
     def __str__(self) -> str:
         """The table, with a total and the bound."""
+        from tabulate import tabulate  # only tables need it
+
         giga = 1e9
         lines: list[tuple[object, ...]] = [
             (

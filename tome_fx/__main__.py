@@ -1,0 +1,79 @@
+"""The command line: `python -m tome_fx info`, and `explain` for what merging saves in the model of a folder."""
+
+import argparse
+import ast
+import inspect
+from collections.abc import Sequence
+from typing import Any, get_args, get_type_hints
+
+from tome_fx.api import transform
+from tome_fx.families.folders import from_folder
+from tome_fx.plan import TransformError
+from tome_fx.tools.explain import Report, explain
+from tome_fx.tools.info import info
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that the arguments, or those of the process, ask for; what is wrong with them ends with 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tome_fx", description="Token merging for diffusers models.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    command = commands.add_parser("info", help="versions, devices and backends, for a bug report")
+    command.set_defaults(command=command, run=info)
+    command = commands.add_parser(
+        "explain",
+        help="what merging saves in the model of a folder, by its config alone",
+        usage="%(prog)s FOLDER --height ROWS --width COLUMNS [--ratio RATIO] [options of tome_fx.transform]",
+        description="What merging saves in a model, by its config alone: no weights are read.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=command, run=explain_folder)
+    command.add_argument(
+        "folder", metavar="FOLDER", help="of a pipeline with a UNet or a transformer, or of such a model"
+    )
+    for name, side in (("height", "rows"), ("width", "columns")):
+        command.add_argument(
+            f"--{name}",
+            type=value,
+            required=True,
+            help=f"latent {side}, an eighth of the image's pixels for Stable Diffusion",
+        )
+    add_options(command)
+    given = vars(parser.parse_args(arguments))
+    command, run = given.pop("command"), given.pop("run")
+    try:
+        print(run(**given))
+    except (TypeError, ValueError, TransformError) as error:
+        command.error(str(error))
+
+
+def explain_folder(folder: str, height: int, width: int, **options: Any) -> Report:
+    """What `tome_fx.explain` says of the folder's model with these options of `transform`."""
+    return explain(transform(from_folder(folder), **options), height, width)
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """The options of `transform` by their names; one that is not given is left to it."""
+    group = command.add_argument_group("options of tome_fx.transform", "All are described there.")
+    types = get_type_hints(transform)
+    for name, parameter in inspect.signature(transform).parameters.items():
+        if parameter.default is parameter.empty:  # the model
+            continue
+        how: dict[str, Any] = {"type": value}
+        if bool in (types[name], *get_args(types[name])):
+            how = {"action": argparse.BooleanOptionalAction}
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, **how, default=argparse.SUPPRESS, help=f"{parameter.default} if not given")
+
+
+def value(text: str) -> Any:
+    """A number or None, as Python writes them, or else a word; `transform` and `explain` say whether it will do."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+if __name__ == "__main__":
+    main()
