@@ -224,3 +224,8 @@ def test_the_guide_has_each_option_with_its_default() -> None:
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     (given,) = [call.keywords for call in calls if {word.arg for word in call.keywords} >= {"sx", "sy"}]
     assert {word.arg: ast.literal_eval(word.value) for word in given} == defaults
+
+
+def test_the_reference_has_each_public_name() -> None:
+    shown = re.findall(r"^::: tome_fx\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(shown) == sorted(set(tome_fx.__all__) - {"__version__"})

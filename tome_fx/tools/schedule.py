@@ -13,7 +13,7 @@ from tome_fx.plan import TransformError
 class RatioSchedule:
     """Changes the ratio of transformed models while a pipeline makes an image.
 
-    Early steps lay out the image, and what is merged in them moves it most; late ones fill in detail. So merge late::
+    Early steps lay out the image, and what is merged in them moves it most; late ones fill in detail. So merge late:
 
         schedule = tome_fx.RatioSchedule.late(pipe.unet)
         image = pipe(prompt, callback_on_step_end=schedule).images[0]
