@@ -54,9 +54,9 @@ lint: $(READY) ## Check style, types, and that the pages' numbers are those of b
 	$(BIN)/mypy
 	$(BIN)/python -m bench report --check
 
-# The variable stills what the theme says of another generator's next version.
+# Not --quiet: what it hides is not counted as an error. The variable stills what the theme says of another generator.
 docs: $(READY) ## Build the pages as a site in out/site; a link, an anchor or a docstring that is wrong is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(READY) ## Measure what two cores can; with JSON=bench/results/cpu.json for the docs
 	$(BIN)/python -m bench latency --suite cpu --breakdown $(if $(JSON),--json $(JSON))
