@@ -112,9 +112,14 @@ def reader(models: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) ->
         yield
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(page, id=page.stem) for page in PAGES if python_blocks(page.read_text())]
-)
+def pages_to_run() -> list[Any]:
+    """The pages that have blocks; those that compile something are slow."""
+    found = {page: "".join(block.code for block in python_blocks(page.read_text())) for page in PAGES}
+    slow = {page: [pytest.mark.slow] if "torch.compile(" in code else [] for page, code in found.items()}
+    return [pytest.param(page, id=page.stem, marks=slow[page]) for page, code in found.items() if code]
+
+
+@pytest.mark.parametrize("page", pages_to_run())
 def test_the_blocks_of_a_page_run(page: Path, reader: None) -> None:
     run(page)
 
