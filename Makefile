@@ -10,7 +10,7 @@ FLOOR_READY := $(FLOOR)/.ready
 # An environment that has tome_fx from its wheel alone
 CLEAN := .venv-wheel
 
-.PHONY: help demo test test-all test-floor lint wheel bench gpu report clean
+.PHONY: help demo test test-all test-floor lint docs wheel bench gpu report clean
 
 help: ## Show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 12
@@ -46,7 +46,7 @@ test-floor: $(FLOOR_READY) ## Run the library's fast tests on the oldest torch a
 	$(FLOOR)/bin/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal \
 		--ignore tests/cuda_code --ignore tests/test_bench.py \
 		--ignore tests/test_quality.py --ignore tests/test_shapes.py --ignore tests/test_gpu_run.py \
-		--ignore tests/test_packaging.py \
+		--ignore tests/test_packaging.py --ignore tests/test_docs.py \
 		--ignore-glob "tests/test_transformer*.py" \
 		-W "ignore:User provided device_type of 'cuda':UserWarning"
 
@@ -67,6 +67,10 @@ wheel: $(READY) ## Build wheel and sdist, check them, and use the wheel in an en
 		> $$($(CLEAN)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/others.pth
 	cd / && $(CURDIR)/$(CLEAN)/bin/python -I -m tome_fx info
 	cd / && $(CURDIR)/$(CLEAN)/bin/python -I $(CURDIR)/.ci/use_wheel.py
+
+# Not --quiet: what it hides is not counted as an error. The variable stills what the theme says of another generator.
+docs: $(READY) ## Build the pages as a site in out/site; a link, an anchor or a docstring that is wrong is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(READY) ## Measure what two cores can; with JSON=bench/results/cpu.json for the docs
 	$(BIN)/python -m bench latency --suite cpu --breakdown $(if $(JSON),--json $(JSON))

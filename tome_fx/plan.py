@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 PARTS = ("merge_attn", "merge_crossattn", "merge_mlp")  # options that merge around a part of a block
 DOWNSAMPLES = (1, 2, 4, 8)

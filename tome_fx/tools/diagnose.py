@@ -52,7 +52,8 @@ def diagnose(model: nn.Module, *args: Any, **kwargs: Any) -> Diagnosis:
     Args:
         model: What `transform` returned, compiled in any way: by `torch.compile`, by `.compile()`, by
             `.compile_repeated_blocks()`, by `model.forward = torch.compile(model.forward)`, or some modules of it.
-        args, kwargs: Of the model's forward.
+        *args: Of the model's forward.
+        **kwargs: Of the model's forward, by name.
 
     Raises:
         TypeError: `model` is of a kind that cannot be transformed.

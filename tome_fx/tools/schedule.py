@@ -13,7 +13,7 @@ from tome_fx.plan import TransformError
 class RatioSchedule:
     """Changes the ratio of transformed models while a pipeline makes an image.
 
-    Early steps lay out the image, and what is merged in them moves it most; late ones fill in detail. So merge late::
+    Early steps lay out the image, and what is merged in them moves it most; late ones fill in detail. So merge late:
 
         schedule = tome_fx.RatioSchedule.late(pipe.unet)
         image = pipe(prompt, callback_on_step_end=schedule).images[0]
@@ -67,7 +67,9 @@ class RatioSchedule:
             start: Share of the steps to leave as they are, above 0 and below 1.
 
         Raises:
-            As above, of `start` and `ratio`.
+            TypeError: `start` or `ratio` is not a number, or a model is of a kind that cannot be transformed.
+            ValueError: `start` or `ratio` is out of range, or there is no model.
+            TransformError: A model is not transformed.
         """
         if isinstance(start, bool) or not isinstance(start, (int, float)):
             raise TypeError(f"start must be a number, got {start!r} of type {type(start).__name__}")
