@@ -1,15 +1,14 @@
 """Requests of two qualities, served by two threads from one copy of the weights.
 
-    python examples/server.py --model FOLDER_OR_ID --requests 8
+    python examples/server.py --model FOLDER_OR_ID --seeds 4
 
 Models that are transformed from one UNet share its weights and have a ratio each. So there is one for each quality; a
 pipeline and its scheduler, which keeps count of the steps, serve one request at a time and are one thread's own.
 """
 
 import argparse
-import queue
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import tiny
@@ -22,7 +21,7 @@ RATIOS = {"best": 0.0, "fast": 0.5}
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--prompt", default="a red circle left of a blue square")
-parser.add_argument("--requests", type=int, default=4, help="how many to serve, half of each quality")
+parser.add_argument("--seeds", type=int, default=2, help="how many images of each quality to ask for")
 args = tiny.parse(parser)
 
 stock = StableDiffusionPipeline.from_pretrained(args.model or tiny.stable_diffusion(), torch_dtype=args.dtype)
@@ -41,25 +40,18 @@ def pipeline(ratio: float) -> StableDiffusionPipeline:
     return pipe
 
 
-def serve(quality: str, pipe: StableDiffusionPipeline) -> None:
-    """Serve the requests of a quality, seeds, until there is a None."""
-    while (seed := requests[quality].get()) is not None:
-        start = time.perf_counter()
-        generator = torch.Generator("cpu").manual_seed(seed)
-        images[quality, seed] = pipe(args.prompt, num_inference_steps=args.steps, generator=generator).images[0]
-        print(f"seed {seed}, {quality}: {time.perf_counter() - start:.1f} s")
+def image(quality: str, seed: int) -> Any:
+    """Serve a request, in the thread of its quality."""
+    start = time.perf_counter()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    (result,) = pipes[quality](args.prompt, num_inference_steps=args.steps, generator=generator).images
+    print(f"seed {seed}, {quality}: {time.perf_counter() - start:.1f} s")
+    return result
 
 
 pipes = {quality: pipeline(ratio) for quality, ratio in RATIOS.items()}
-requests: dict[str, queue.Queue[int | None]] = {quality: queue.Queue() for quality in RATIOS}
-images: dict[tuple[str, int], Any] = {}
-workers = [threading.Thread(target=serve, args=item) for item in pipes.items()]
-for worker in workers:
-    worker.start()
-for number in range(args.requests):
-    requests[list(RATIOS)[number % 2]].put(number // 2)
-for waiting in requests.values():
-    waiting.put(None)
-for worker in workers:
-    worker.join()
+threads = {quality: ThreadPoolExecutor(max_workers=1) for quality in RATIOS}  # a queue and a thread each
+requests = [(quality, seed) for seed in range(args.seeds) for quality in RATIOS]
+waiting = {request: threads[request[0]].submit(image, *request) for request in requests}
+images = {request: future.result() for request, future in waiting.items()}
 print(f"{len(images)} images of {len(RATIOS)} qualities from one copy of the weights")

@@ -18,11 +18,11 @@ import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
-    DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -80,7 +80,7 @@ def stable_diffusion() -> Path:
         attention_head_dim=2,
         cross_attention_dim=TEXT,
     )
-    scheduler = DDIMScheduler(**NOISE, steps_offset=1, clip_sample=False)
+    scheduler = PNDMScheduler(**NOISE, steps_offset=1, skip_prk_steps=True)
     pipe = StableDiffusionPipeline(
         _autoencoder(4), CLIPTextModel(_clip()), _clip_tokenizer(), unet, scheduler, None, None, None, False
     )

@@ -153,7 +153,7 @@ def test_one_half_of_the_models_of_a_controlnet_is_a_usage_error(
 
 
 def test_two_threads_serve_what_one_thread_makes_from_one_copy_of_the_weights(example: Example, counter: Any) -> None:
-    found = example("server", "--steps", "2", "--requests", "6")
+    found = example("server", "--steps", "2", "--seeds", "3")
     images, pipes, stock = found["images"], found["pipes"], found["stock"]
     assert sorted(images) == [(quality, seed) for quality in ("best", "fast") for seed in range(3)]
     assert counter.frame_count == 2
