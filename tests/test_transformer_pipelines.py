@@ -15,11 +15,14 @@ from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
     PixArtSigmaPipeline,
     QwenImagePipeline,
     StableDiffusion3ControlNetPipeline,
+    StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
 from support.features import supports
@@ -74,6 +77,11 @@ def picture() -> Tensor:
     return torch.rand(1, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(2))
 
 
+def hole() -> Tensor:
+    """What is to be painted of `picture()`: its left half."""
+    return (torch.arange(PIXELS) < PIXELS // 2).float().expand(1, 1, PIXELS, PIXELS)
+
+
 def euler() -> Any:
     return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False)
 
@@ -91,6 +99,16 @@ def of_kontext(change: Change) -> tuple[Any, dict[str, Any]]:
     return pipe, {**prompt(negative=False), "image": picture(), "max_area": PIXELS**2, "_auto_resize": False}
 
 
+def of_flux_img2img(change: Change) -> tuple[Any, dict[str, Any]]:
+    pipe = FluxImg2ImgPipeline(euler(), coder(2), transformer=change(flux()), **TWO)
+    return pipe, {**prompt(negative=False), "image": picture(), "strength": 1.0}
+
+
+def of_flux_inpainting(change: Change) -> tuple[Any, dict[str, Any]]:
+    pipe = FluxInpaintPipeline(euler(), coder(2), transformer=change(flux()), **TWO)
+    return pipe, {**prompt(negative=False), "image": picture(), "mask_image": hole(), "strength": 1.0}
+
+
 def of_flux_controlnet(change: Change) -> tuple[Any, dict[str, Any]]:
     pipe = FluxControlNetPipeline(
         euler(), coder(2), transformer=change(flux()), controlnet=change(flux_controlnet()), **TWO
@@ -105,6 +123,11 @@ def of_sd3(change: Change) -> tuple[Any, dict[str, Any]]:
 def of_sd3_with_skipped_layers(change: Change) -> tuple[Any, dict[str, Any]]:
     options = {"skip_guidance_layers": [1, 2], "skip_layer_guidance_stop": 1.0, "skip_layer_guidance_start": 0.0}
     return StableDiffusion3Pipeline(change(sd3()), euler(), None, **THREE), {**prompt(), **options}
+
+
+def of_sd3_img2img(change: Change) -> tuple[Any, dict[str, Any]]:
+    pipe = StableDiffusion3Img2ImgPipeline(change(sd3()), euler(), coder(4), **THREE)
+    return pipe, {**prompt(), "image": picture(), "strength": 1.0}
 
 
 def of_sd3_controlnet(change: Change) -> tuple[Any, dict[str, Any]]:
@@ -134,9 +157,12 @@ TITLES = {
     "flux": "Flux.1",
     "flux_with_guidance": "Flux.1, true classifier-free guidance",
     "kontext": "Flux.1 Kontext",
+    "flux_img2img": "Flux.1 image to image",
+    "flux_inpainting": "Flux.1 inpainting",
     "flux_controlnet": "Flux.1 ControlNet",
     "sd3": "Stable Diffusion 3",
     "sd3_with_skipped_layers": "Stable Diffusion 3, skipping layers",
+    "sd3_img2img": "Stable Diffusion 3 image to image",
     "sd3_controlnet": "Stable Diffusion 3 ControlNet",
     "pixart": "PixArt-Σ",
     "qwen": "Qwen-Image",
@@ -150,15 +176,8 @@ def latents(pipe: Any, call: dict[str, Any], **options: Any) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # some draw what they make of a picture from the process's generator
-        result = pipe(
-            height=PIXELS,
-            width=PIXELS,
-            num_inference_steps=STEPS,
-            generator=torch.Generator().manual_seed(0),
-            output_type="latent",
-            return_dict=False,
-            **{**call, **options},
-        )[0]
+        sizes = {"height": PIXELS, "width": PIXELS, "num_inference_steps": STEPS, **call, **options}
+        result = pipe(**sizes, generator=torch.Generator().manual_seed(0), output_type="latent", return_dict=False)[0]
     assert isinstance(result, Tensor)
     return result
 
@@ -187,6 +206,17 @@ def test_a_pipeline_makes_the_picture_that_a_plain_patch_makes(scope: dict[str, 
     result = latents(*PIPELINES[name](merged(**scope)))
     expected = latents(*PIPELINES[name](lambda model: patched(model, **scope)))
     assert relative_error(result, expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "pixart", "qwen"])
+@scopes
+def test_a_picture_may_have_another_size_than_the_model_is_made_for(scope: dict[str, Any], name: str) -> None:
+    large, wide = {"height": 192, "width": 192}, {"height": 112, "width": 208}
+    result = latents(*PIPELINES[name](merged(**scope)), **large)
+    assert relative_error(result, latents(*PIPELINES[name](lambda model: patched(model, **scope)), **large)) < 1e-6
+    stock = latents(*PIPELINES[name](copy.copy), **wide)
+    assert torch.equal(latents(*PIPELINES[name](merged(0, **scope)), **wide), stock)
+    assert relative_error(latents(*PIPELINES[name](merged(**scope)), **wide), stock) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "qwen"])
