@@ -22,7 +22,7 @@ parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="pictures; w
 parser.add_argument("--prompt", default="a red circle left of a blue square")
 parser.add_argument("--ratio", type=float, default=0.5, help="share of the tokens to remove")
 parser.add_argument("--rank", type=int, default=4)
-parser.add_argument("--lr", type=float, default=1e-3)
+parser.add_argument("--lr", type=float, default=1e-4)
 parser.add_argument("--output", default="lora", help="folder of the LoRA")
 args = tiny.parse(parser, half="bfloat16")
 

@@ -304,7 +304,7 @@ def test_the_lora_verbs_of_a_pipeline_act_on_a_transformed_model_as_on_a_stock_o
     "name, scope, loaded",
     [
         pytest.param("flux", {"merge_block": True}, False, id="new-blocks-flux"),
-        pytest.param("sd3", {}, True, id="loaded-attention-sd3", marks=pytest.mark.slow),
+        pytest.param("sd3", {"merge_block": False}, True, id="loaded-attention-sd3", marks=pytest.mark.slow),
     ],
 )
 def test_a_lora_is_swapped_for_another_in_a_compiled_model_without_a_recompile(
