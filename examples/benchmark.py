@@ -1,0 +1,76 @@
+"""Your own card: a page to post, of a pipeline as it is, compiled, and merged and compiled.
+
+    python examples/benchmark.py --model FOLDER_OR_ID --sizes 512 768 1024 --ratios 0.25 0.5
+
+A time is that of one step, the median of all but the first, which compiles. Memory is the most that PyTorch held on the
+GPU meanwhile. The bound is what merging would gain if time went with FLOPs alone. Merging pays most at large sizes.
+"""
+
+import argparse
+import itertools
+import platform
+import statistics
+import time
+from typing import Any
+
+import diffusers
+import tiny
+import torch
+from diffusers import AutoPipelineForText2Image
+
+import tome_fx
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--sizes", type=int, nargs="+", default=[64], metavar="PIXELS", help="heights and widths")
+parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5], help="shares of the tokens to remove")
+parser.add_argument("--batch", type=int, default=1, help="images at once")
+parser.add_argument("--merge-block", action="store_true", help="merge around whole blocks rather than attention")
+args = tiny.parse(parser)
+if args.steps < 2:
+    parser.error(f"--steps must be at least 2, for the first one compiles; got {args.steps}")
+gpu = torch.device(args.device).type == "cuda"
+
+pipe = AutoPipelineForText2Image.from_pretrained(args.model or tiny.stable_diffusion(), torch_dtype=args.dtype)
+pipe.to(args.device)
+pipe.set_progress_bar_config(disable=True)
+part = "unet" if hasattr(pipe, "unet") else "transformer"
+stock = getattr(pipe, part)
+
+
+def measure(model: Any, size: int) -> tuple[float, float, float | None]:
+    """Milliseconds of a step, seconds of the first one, and GiB on the GPU, of the pipeline with this model in it."""
+    setattr(pipe, part, model)
+    times = [time.perf_counter()]
+
+    def ended(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        return tensors
+
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    options = {"height": size, "width": size, "num_images_per_prompt": args.batch, "output_type": "latent"}
+    pipe("a red circle", num_inference_steps=args.steps, callback_on_step_end=ended, **options)
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    memory = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
+    return 1000 * statistics.median(steps[1:]), steps[0], memory
+
+
+device = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
+print(f"{args.model or 'tiny'}, {args.dtype}, batch {args.batch}, merge_block={args.merge_block}")
+print(f"{device}; torch {torch.__version__}, diffusers {diffusers.__version__}, tome_fx {tome_fx.__version__}")
+print(f"{'px':>6} {'model':<18} {'ms':>9} {'over compile':>13} {'bound':>7} {'first, s':>9} {'GiB':>6}")
+for size in args.sizes:
+    eager = measure(stock, size)
+    torch._dynamo.reset()  # so that a size does not count as a recompile of the one before
+    compiled = measure(torch.compile(stock, fullgraph=True), size)
+    rows = [("eager", eager, 1.0), ("compile", compiled, 1.0)]
+    for ratio in args.ratios:
+        merged = tome_fx.transform(stock, ratio, merge_block=args.merge_block)
+        side = size // pipe.vae_scale_factor
+        bound = tome_fx.explain(merged, side, side).bound
+        rows.append((f"{ratio} + compile", measure(torch.compile(merged, fullgraph=True), size), bound))
+    for name, (ms, first, memory), bound in rows:
+        gain, held = f"{compiled[0] / ms:.2f}x", "-" if memory is None else f"{memory:.2f}"
+        print(f"{size:>6} {name:<18} {ms:>9.2f} {gain:>13} {bound:>6.2f}x {first:>9.1f} {held:>6}")

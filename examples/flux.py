@@ -1,0 +1,47 @@
+"""Flux.1 with whole blocks merged, compiled block by block.
+
+    python examples/flux.py --model FOLDER_OR_ID --ratio 0.25 --offload
+
+With `--offload` each part of the pipeline is on the GPU only while it is used. It comes last: transform, compile, then
+offload.
+"""
+
+import argparse
+import time
+
+import tiny
+import torch
+from diffusers import FluxPipeline
+
+import tome_fx
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--prompt", default="a red circle left of a blue square")
+parser.add_argument("--ratio", type=float, default=0.25, help="share of the image's tokens to remove")
+parser.add_argument("--size", type=int, help="height and width in pixels; without it, what the model is made for")
+parser.add_argument("--offload", action="store_true", help="keep on the GPU only what is used")
+parser.add_argument("--output", default="flux.png")
+args = tiny.parse(parser, half="bfloat16")
+
+pipe = FluxPipeline.from_pretrained(args.model or tiny.flux(), torch_dtype=args.dtype)
+pipe.transformer = tome_fx.transform(pipe.transformer, ratio=args.ratio, merge_block=True)
+pipe.transformer.compile_repeated_blocks(fullgraph=True)
+if args.offload:
+    pipe.enable_model_cpu_offload(device=args.device)
+else:
+    pipe.to(args.device)
+
+
+def image(seed: int) -> None:
+    """Make and save the image of a seed, and say how long it took."""
+    start = time.perf_counter()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    options = {"num_inference_steps": args.steps, "height": args.size, "width": args.size, "generator": generator}
+    pipe(args.prompt, **options).images[0].save(args.output)
+    print(f"image of seed {seed}: {time.perf_counter() - start:.1f} s")
+
+
+image(seed=0)  # waits for the compiler
+with torch.compiler.set_stance("fail_on_recompile"):  # an error here would say what was compiled again, and why
+    image(seed=1)
+print(f"no recompile: {args.output}")
