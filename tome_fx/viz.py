@@ -23,7 +23,7 @@ SIDE = 768  # pixels that small images are enlarged to, so that outlines are thi
 
 
 def merge_map(pipe: Any, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> "Figure":
-    """Make an image with a pipeline and draw what is merged meanwhile::
+    """Make an image with a pipeline and draw what is merged meanwhile:
 
         tome_fx.viz.merge_map(pipe, "a red circle").savefig("map.png")
 
@@ -33,7 +33,8 @@ def merge_map(pipe: Any, *args: Any, model: nn.Module | None = None, **kwargs: A
 
     Args:
         pipe: A pipeline of diffusers that makes images, with a transformed model that is not compiled.
-        args, kwargs: Of the pipeline's call: prompts, steps, size, generator.
+        *args: Of the pipeline's call: prompts.
+        **kwargs: Of the pipeline's call: steps, size, generator.
         model: Which of its models; None for the one that is transformed.
 
     Returns:
