@@ -6,7 +6,15 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-SHOWN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "docs/*.css", "bench/results/*.png", "examples/*.*")
+SHOWN = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/*.md",
+    "docs/*.css",
+    "bench/results/*.png",
+    "examples/*.*",
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -101,6 +101,8 @@ class CheckStack:
         Raises:
             TransformError: Another library or the user has replaced one, so that nothing would be merged in it.
         """
+        if not _merges_nothing(module):
+            _refuse_shares_of_tokens(module)
         if torch.compiler.is_compiling():  # dynamo cannot look at functions so; a replaced forward refuses its slot map
             return
         for path in self.blocks:
@@ -130,9 +132,9 @@ class CheckMergedStack:
         Raises:
             TransformError: As `CheckBlock` does, of the blocks and what is in them; or tomesd merges in them.
         """
-        ratio = getattr(module, MERGING).ratio
-        if isinstance(ratio, str) and not ratio_of(ratio):
+        if _merges_nothing(module):
             return
+        _refuse_shares_of_tokens(module)
         for path in self.blocks:
             block = module.get_submodule(path)
             if _is_of_tomesd(type(block)):
@@ -148,6 +150,21 @@ NOTHING_MERGED = (
     "nothing would be merged there. Take the other forward back (tomesd.remove_patch takes back tomesd's), or leave "
     "this model untransformed"
 )
+
+
+def _merges_nothing(module: nn.Module) -> bool:
+    """Whether the ratio is a static 0; a dynamic one matches all the same."""
+    ratio = getattr(module, MERGING).ratio
+    return isinstance(ratio, str) and not ratio_of(ratio)
+
+
+def _refuse_shares_of_tokens(module: nn.Module) -> None:
+    parallel = getattr(module, "_parallel_config", None)  # what diffusers' enable_parallelism leaves
+    if parallel is not None and parallel.context_parallel_config is not None:
+        raise TransformError(
+            f"{type(module).__name__} has its tokens shared out among processes, by enable_parallelism, and each would "
+            "merge within its own share: leave a model untransformed that runs so"
+        )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
