@@ -30,7 +30,7 @@ def section(name: str, document: dict[str, Any]) -> str:
 def _demo(document: dict[str, Any]) -> list[str]:
     cell = document["cell"]
     setting = (
-        f"{cell['images']} images of {cell['side']} px at once, {cell['steps']} steps, ratio {cell['ratio']}; "
+        f"Batch {cell['batch']}, ratio {cell['ratio']}; images of {cell['side']} px, {cell['steps']} steps; "
         f"ratios of the sweep: {', '.join(map(str, document['ratios']))}. {machine(document['machine'])}."
     )
     return [document["note"], setting, demo.table(document)]

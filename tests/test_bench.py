@@ -536,8 +536,10 @@ def test_the_demo_pictures_no_variant_that_failed_and_puts_the_unet_back(tmp_pat
     monkeypatch.setattr(demo, "prepare", eager)
     monkeypatch.setattr(demo, "sweep", lambda name, unet: (0, 0))
     monkeypatch.setattr(viz, "grid", lambda path, images, rows: columns.update(images))
+    monkeypatch.setattr(demo, "LATENTS", 16)
     document = demo.run(1, 1, 1, tmp_path / "demo.json")
-    assert list(columns) == ["compile, ratio 0", "tome_fx+compile, ratio 0.5"]
+    assert list(columns) == ["sdpa, ratio 0", "tome_fx, ratio 0.5"]
+    assert all(images[0].shape == (3, 128, 128) for images in columns.values())
     assert document["rows"]["tomesd+compile"]["error"] == "RuntimeError: no such variant"
     assert pipe.unet is own
 
