@@ -28,6 +28,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from peft import LoraConfig, get_peft_model_state_dict
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -158,7 +160,7 @@ def flux() -> Path:
         CLIPTextModel(_clip()),
         _clip_tokenizer(),
         T5EncoderModel(T5Config(**words, num_layers=1)),
-        T5TokenizerFast([(token, 0.0) for token in ("<pad>", "</s>", "<unk>", *CHARACTERS)], extra_ids=0),
+        _t5_tokenizer(),
         transformer,
     )
     return _saved(pipe)
@@ -183,6 +185,14 @@ def _clip_tokenizer() -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def _t5_tokenizer() -> T5TokenizerFast:
+    """A tokenizer that spells."""
+    folder = _folder()
+    words = [(word, 0.0) for word in ("<pad>", "</s>", "<unk>", *CHARACTERS)]
+    Tokenizer(Unigram(words, unk_id=2)).save(str(folder / "tokenizer.json"))
+    return T5TokenizerFast.from_pretrained(folder, extra_ids=0)
 
 
 def _folder() -> Path:
