@@ -18,7 +18,7 @@ from support.models import (
     one_stage,
     output,
     relative_error,
-    transformers,
+    transformer,
     two_stages,
 )
 from torch import Tensor
@@ -71,19 +71,12 @@ def test_no_operation_leaves_the_device_of_its_tokens_which_a_cuda_graph_would_n
     assert devices.seen != {"meta"}, "the check does not see what it is for"
 
 
-def transformer(**options: bool) -> tuple[Any, tuple[Tensor, Tensor]]:
-    """A transformed transformer alone, without the convolutions around it, which take long to compile; its inputs."""
-    (model,) = transformers(transform(one_block(), ratio=0.5, **options)).values()
-    generator = torch.Generator().manual_seed(0)
-    return model, (torch.randn(2, 32, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator))
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch's own, of its autotuning
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_the_modes_of_inductor_give_what_eager_gives(mode: str) -> None:
     """Their CUDA graphs are for the tests below, which need a GPU."""
-    model, (image, prompt) = transformer()
+    model, (image, prompt) = transformer(transform(one_block(), 0.5))
     compiled: Any = torch.compile(model, fullgraph=True, mode=mode)
     with torch.no_grad(), fresh_cache():
         for _ in range(2):
@@ -96,7 +89,7 @@ def test_the_modes_of_inductor_give_what_eager_gives(mode: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"dynamic_ratio": True}, {}], ids=["dynamic ratio", "dynamic sizes"])
 def test_a_kept_count_that_is_symbolic_trains_under_inductor(options: dict[str, bool]) -> None:
-    model, (image, prompt) = transformer(**options)
+    model, (image, prompt) = transformer(transform(one_block(), 0.5, **options))
     compiled = torch.compile(model, fullgraph=True, dynamic=None if options else True)
     gradients = []
     for run in (model, compiled):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.compiling import assert_no_break_and, whole
-from support.models import gradients, inputs, one_block, one_stage, output, relative_error, sdxl, two_stages
+from support.models import gradients, inputs, one_block, output, relative_error, sdxl, transformer, two_stages
 from support.options import MODES, each_option
 from support.state import untouched
 from support.wrapped import wrapped
@@ -115,9 +115,10 @@ def test_gradients_are_those_of_wrapped_children_compiled_or_not(options: dict[s
 
 @each_option()
 def test_inductor_gives_what_eager_gives(options: dict[str, Any]) -> None:
-    model, arguments = transform(one_stage(), **options), inputs(one_stage(), 20, 24)
-    with fresh_cache():
-        assert relative_error(output(torch.compile(model, fullgraph=True), arguments), output(model, arguments)) < 1e-5
+    model, (image, prompt) = transformer(transform(sdxl(), **{**STACKS, **options}), side=20)
+    with fresh_cache(), torch.no_grad():
+        results = [run(image, prompt, return_dict=False)[0] for run in (torch.compile(model, fullgraph=True), model)]
+    assert relative_error(*results) < 1e-5
 
 
 @each_option()
@@ -132,11 +133,10 @@ def test_an_exported_model_gives_what_eager_gives(options: dict[str, Any], stric
 @each_option()
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own
 def test_a_model_compiled_ahead_of_time_gives_what_eager_gives(options: dict[str, Any], tmp_path: Path) -> None:
-    model = transform(one_block(), **options)
-    arguments = {**inputs(one_block(), 24, 20), "return_dict": False}
-    sample = arguments.pop("sample")
+    model, (image, prompt) = transformer(transform(sdxl(), **{**STACKS, **options}), side=20)
+    arguments = {"encoder_hidden_states": prompt, "return_dict": False}
     with torch.no_grad(), fresh_cache():
-        program = torch.export.export(model, (sample,), arguments)
-        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "unet.pt2"))
-        (result,) = torch._inductor.aoti_load_package(path)(sample, **arguments)
-        assert relative_error(result, model(sample, **arguments)[0]) < 1e-5
+        program = torch.export.export(model, (image,), arguments)
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "transformer.pt2"))
+        (result,) = torch._inductor.aoti_load_package(path)(image, **arguments)
+        assert relative_error(result, model(image, **arguments)[0]) < 1e-5

@@ -222,6 +222,15 @@ def transformers(model: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in model.named_modules() if isinstance(module, Transformer2DModel)}
 
 
+def transformer(model: nn.Module, side: int = 8) -> tuple[Any, tuple[Tensor, Tensor]]:
+    """The first transformer without the convolutions around it, which take long to compile; an image and a prompt."""
+    result = next(iter(transformers(model).values()))
+    generator = torch.Generator().manual_seed(0)
+    prompt = result.transformer_blocks[0].attn2.to_k.in_features
+    image = torch.randn(2, result.in_channels, side, side, generator=generator)
+    return result, (image, torch.randn(2, TEXT_TOKENS, prompt, generator=generator))
+
+
 def gradients(model: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """Those of all parameters, by their names in a model that nothing is wrapped around; asserts that there are any."""
     model.zero_grad()
