@@ -9,7 +9,7 @@ from typing import Any
 from bench import markdown
 from bench.cases import ROUNDED, STOCK, Case, told
 from bench.measure import ratios
-from bench.suites import POINTS, QUESTIONS, TODO, YARDSTICK
+from bench.suites import BESIDE, POINTS, QUESTIONS, YARDSTICK
 
 
 def speed_range(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float, float, float] | None:
@@ -27,9 +27,6 @@ def interval(values: Sequence[float], *, yes_or_no: bool = False) -> tuple[float
         return mean, middle - half, middle + half
     half = z * stdev(values) / count**0.5 if count > 1 else math.nan
     return mean, mean - half, mean + half
-
-
-BESIDE = (Case("v0.1", 0.5), Case("tomesd", 0.5), TODO)  # the points that we advise
 
 
 @dataclass(frozen=True)

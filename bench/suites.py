@@ -25,6 +25,8 @@ POINTS = {
     "fastest": Case("tome_fx", 0.5, WHOLE_ALL_LEVELS),
 }
 
+BESIDE = (Case("v0.1", 0.5), Case("tomesd", 0.5), TODO)  # what they are shown beside
+
 SUITES: dict[str, tuple[Case, ...]] = {
     "all": (
         Case(),
@@ -44,6 +46,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
         *(Case("tomesd", ratio) for ratio in RATIOS),
         *(TODO, HIDIFFUSION),
     ),
+    "points": (Case(), *POINTS.values(), *BESIDE),
     # what may depend on the size of the grid
     "large": (
         Case(),

@@ -73,11 +73,8 @@ def repeat_result(tokens: Tensor, merged: Tensor, result: Tensor, slots: ops.Slo
 
 
 def no_weights(module: Any, tokens: Tensor, slots: ops.SlotMap | None) -> Tensor | None:
-    """The oracle's weights: zeros, of which attention makes what it makes of ours; of a block, its self-attention's."""
-    if slots is None:
-        return None
-    heads = getattr(module, "attn1", module).heads
-    return tokens.new_zeros(tokens.shape[0] * heads, 1, slots.start.shape[1])
+    """The oracle's weights: zeros, of which attention makes what it makes of ours."""
+    return None if slots is None else tokens.new_zeros(tokens.shape[0] * module.heads, 1, slots.start.shape[1])
 
 
 FREE: dict[Any, Callable[..., Any]] = {
@@ -86,7 +83,7 @@ FREE: dict[Any, Callable[..., Any]] = {
     ops.unmerge: repeat_tokens,
     ops.changed: repeat_result,
     nodes.merged_keys: first_keys,
-    **{weigh: no_weights for both in WEIGH.values() for weigh in both if weigh},
+    **{weigh: no_weights for weigh in WEIGH.values() if weigh},
 }
 
 

@@ -232,9 +232,10 @@ def test_the_oracle_is_our_graph_with_matching_merging_and_weights_removed(given
             pairs = zip(module.graph.nodes, oracle.get_submodule(path).graph.nodes, strict=True)
             changed |= {node.target for node, other in pairs if node.target != other.target}
     names = {function.__name__ for function in changed}
-    weights = "weights_of_block_where_taken" if dict(given).get("merge_block") else "weights_where_taken"
     back = {"merge_queries": {"merged_keys"}, "merge_block": {"merge", "changed"}}
-    assert names == {"match", weights} | next((back[name] for name, _ in given if name in back), {"merge", "unmerge"})
+    assert names == {"match", "weights_where_taken"} | next(
+        (back[name] for name, _ in given if name in back), {"merge", "unmerge"}
+    )
     assert masks(oracle) == masks(ours)
     assert set(masks(oracle).values()) - {None}
 

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tome_fx.families import grids, rotary, transformer_inputs
-from tome_fx.families.weights import WEIGH
-from tome_fx.graph.scopes import Adapted, Weigh
+from tome_fx.graph.scopes import Adapted
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,6 @@ class Facts:
             return self.adapted
         always, where_taken = self.weigh
         return (*self.adapted, always if prop_attn else where_taken)
-
-    def weigh_blocks(self, prop_attn: bool | None) -> Weigh | None:
-        """What gives the weights that go into the argument of this name."""
-        return WEIGH[prop_attn][1] if self.weights else None
 
 
 SD3 = Facts(

@@ -120,7 +120,7 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
     rewrite: Pass = MatchPass(stack, matching)
     check: Check = CheckStack(blocks)
     if plan.merge_block:
-        rewrite = StackPass(stack, matching, facts.weigh_blocks(plan.prop_attn))
+        rewrite = StackPass(stack, matching, WEIGH[plan.prop_attn])
         check = CheckTransformer(blocks, facts.attention, bool(plan.prop_attn))
     classes = {} if plan.merge_block else {block: _rewritten_block(model, block, facts, plan) for block in blocks}
     register_for_layer_skipping(set(classes.values()))
@@ -152,6 +152,7 @@ def _stack(model: nn.Module, facts: Facts, blocks: tuple[str, ...], plan: Plan) 
         result=facts.result_of(model),
         adapted=facts.adapted_for(plan.prop_attn),
         weights=facts.weights,
+        attention=facts.attention[0],
         per_token=facts.per_token if plan.merge_block or facts.weigh else (),  # other blocks refuse for themselves
         option="merge_block" if plan.merge_block else "merge_attn",
         skips=True,  # as skip_layers of Stable Diffusion 3 does
@@ -164,7 +165,7 @@ def _rewritten_block(model: nn.Module, path: str, facts: Facts, plan: Plan) -> t
     block = model.get_submodule(path)
     known = _known(block, path)
     scopes = known.scopes_in(block, plan)
-    weigh = WEIGH[plan.prop_attn][0] if facts.weights else None
+    weigh = WEIGH[plan.prop_attn] if facts.weights else None
     return specialize(
         block,
         MergePass(scopes, plan.merge_queries, weigh),

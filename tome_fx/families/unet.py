@@ -133,7 +133,7 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
 
     # Blocks that nothing is matched for are rewritten too: handed no slot map they do what they did, and blocks of
     # merged and unmerged levels compile as one (NOTE [One class per structure]).
-    weigh, weigh_blocks = WEIGH[plan.prop_attn]
+    weigh = WEIGH[plan.prop_attn]
     classes = {
         site.path: specialize(
             model.get_submodule(site.path),
@@ -157,12 +157,13 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
             grid=ops.grid_of,
             ratio=f"{MERGING}.ratio",
             weights="attention_mask",
+            attention="attn1",
             per_token=("attention_mask", "cross_attention_kwargs.ip_adapter_masks") if plan.merge_block else (),
             option="merge_block",
         )
         classes[path] = specialize(
             model.get_submodule(path),
-            StackPass(stack, matching, weigh_blocks) if plan.merge_block else MatchPass(stack, matching),
+            StackPass(stack, matching, weigh) if plan.merge_block else MatchPass(stack, matching),
             example={"hidden_states": "4d", "encoder_hidden_states": "3d", "return_dict": False},
             check=CheckMergedStack(blocks, BLOCK, bool(plan.prop_attn)) if plan.merge_block else CheckStack(blocks),
         )

@@ -99,16 +99,6 @@ def weights_where_taken(attention: nn.Module, tokens: Tensor, slots: ops.SlotMap
     return None if why_unweighed_by_default(attention) else weights(attention, tokens, slots)
 
 
-def weights_of_block(block: nn.Module, tokens: Tensor, slots: ops.SlotMap | None) -> Tensor | None:
-    """As `weights`, for a block that hands them to its self-attention; a node of rewritten graphs."""
-    return weights(block.attn1, tokens, slots)  # type: ignore[arg-type]
-
-
-def weights_of_block_where_taken(block: nn.Module, tokens: Tensor, slots: ops.SlotMap | None) -> Tensor | None:
-    """As `weights_where_taken`, for a block that hands them to its self-attention; a node of rewritten graphs."""
-    return weights_where_taken(block.attn1, tokens, slots)  # type: ignore[arg-type]
-
-
 class WeighingProcessor(AttnProcessor2_0, metaclass=Passing):  # type: ignore[misc]
     """diffusers' own, which takes a mask as a channel where that is faster: see NOTE [Weights as a channel]."""
 
@@ -204,9 +194,5 @@ def _is_plain(attention: Any) -> bool:
     return plain and not attention.residual_connection and attention.rescale_output_factor == 1
 
 
-# What a pass is to weigh with, for attention and for whole blocks, by what `prop_attn` asks for
-WEIGH: dict[bool | None, tuple[Weigh | None, Weigh | None]] = {
-    True: (weights, weights_of_block),
-    None: (weights_where_taken, weights_of_block_where_taken),
-    False: (None, None),
-}
+# What a pass is to weigh with, by what `prop_attn` asks for
+WEIGH: dict[bool | None, Weigh | None] = {True: weights, None: weights_where_taken, False: None}

@@ -152,7 +152,7 @@ def insert_merge_of_blocks(graph: fx.Graph, stack: Stack, matching: Matching, we
             run = runs.through(call.argument(stack.tokens), slots)
             call.replace(stack.tokens, run.inside)
             if weigh and stack.weights is not None:
-                call = _weighed(call, stack.weights, run.tokens, slots, weigh, parameters)
+                call = _weighed(call, stack.weights, run.tokens, slots, weigh, parameters, stack.attention)
         runs.left(run, *_results(call.node, stack.result))
     for end in runs.ends:
         if not end.users:  # the run went on
@@ -343,19 +343,24 @@ def _weighed(
     slots: fx.Node,
     weigh: Weigh,
     parameters: Parameters = None,
+    attention: str = "",
 ) -> Call:
-    """The call as one of `attend`, if it is the module's own, with the weights in the place of its mask."""
+    """The call as one of `attend`, if it is the module's own, with the weights in the place of its mask.
+
+    They are those of the module, or of the attention at a path in it.
+    """
     graph = call.node.graph
     module = graph.get_attr(call.module)
-    weights = graph.call_function(weigh, (module, tokens, slots))
+    weighing = graph.get_attr(f"{call.module}.{attention}") if attention else module
+    weights = graph.call_function(weigh, (weighing, tokens, slots))
     mask = call.given(name, parameters)
     call.give(name, weights if mask is None else graph.call_function(nodes.either, (weights, mask)), parameters)
     if call.first:
         return call
-    attention = graph.call_function(nodes.attend, (module, *call.node.args), dict(call.node.kwargs))
-    call.node.replace_all_uses_with(attention)
+    attended = graph.call_function(nodes.attend, (module, *call.node.args), dict(call.node.kwargs))
+    call.node.replace_all_uses_with(attended)
     graph.erase_node(call.node)
-    return Call(attention, call.module, 1)
+    return Call(attended, call.module, 1)
 
 
 def _results(node: fx.Node, place: int | tuple[int, ...] | None) -> list[fx.Node]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tome_fx.ops import SlotMap
 
-# Of a module, tokens and their slot map: what the module is to add to the scores of merged keys; None where it cannot.
+# Of attention, tokens and their slot map: what it is to add to the scores of merged keys; None where it cannot.
 Weigh = Callable[[nn.Module, Tensor, SlotMap | None], Tensor | None]
 
 
@@ -68,6 +68,7 @@ class Stack:
         result: Place of the tokens in the tuple that a block returns; None where it returns them alone.
         weights: Name of the argument that takes the logarithms of the slots' sizes `[B * heads, 1, K]`, to be added
             to the scores of the keys; None where there is none.
+        attention: Path in each block of the attention that adds them.
         per_token: Names of arguments with an entry for each token, which merged tokens cannot have; that of an entry in
             a dict is the dict's and its own, `kwargs.masks`.
         option: The option that merges around these blocks, for messages.
@@ -88,6 +89,7 @@ class Stack:
     ratio: str
     result: int | None = None
     weights: str | None = None
+    attention: str = ""
     per_token: tuple[str, ...] = ()
     option: str = ""
     grid_arguments: tuple[Any, ...] = ()
