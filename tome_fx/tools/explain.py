@@ -86,9 +86,10 @@ class Report:
         notes += [
             f"Level of {level.height} x {level.width} tokens, at the size that the model is made for: "
             f"{'' if level.merged else 'not '}merged; half of them saves {level.saved / giga:.1f} GFLOPs a "
-            f"transformer, and costs as much time as {level.cost / giga:.1f}. The finest is always merged."
+            f"transformer, and costs as much time as {level.cost / giga:.1f}."
             for level in self.levels
         ]
+        notes += ["The finest level is always merged."] if self.levels else []
         bound = f"If time went with FLOPs, the whole model would be {self.bound:.3f}x as fast."
         return "\n".join([self.title, "", table, "", *notes, bound])
 
