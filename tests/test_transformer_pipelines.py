@@ -298,7 +298,7 @@ def test_the_lora_verbs_of_a_pipeline_act_on_a_transformed_model_as_on_a_stock_o
     assert relative_error(found["unloaded"], plain) < 1e-5  # weights were fused into, and that taken out again
 
 
-@supports("LoRA hotswap", WORKS, group=GROUP)
+@supports("LoRA hotswap", WORKS, group="Adapters")
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(
     "name, scope, loaded",
@@ -353,7 +353,7 @@ def layerwise_casting(pipe: Any) -> None:
 HOLDERS = pytest.mark.parametrize(
     "hold",
     [
-        pytest.param(hold, id=hold.__name__, marks=supports(title, CONDITION, AFTER, group=GROUP))
+        pytest.param(hold, id=hold.__name__, marks=supports(title, CONDITION, AFTER, group="Memory and devices"))
         for hold, title in {
             model_offload: "Model CPU offloading",
             sequential_offload: "CPU offloading",
