@@ -12,7 +12,8 @@ from bench import documents, markdown, models
 
 NOTE = (
     "By `tome_fx.explain`, for models from their configs and without weights: FLOPs of a call before merging over "
-    "those after it, matching paid for, with a prompt of 77 tokens. No times: attention often gains more."
+    "those after it, matching paid for, with a prompt as long as pipelines make it. No times: attention often gains "
+    "more."
 )
 RATIOS = (0.25, 0.5, 0.75)
 KEYS = "keys and values"

@@ -123,6 +123,19 @@ def _prototypes(document: dict[str, Any]) -> list[str]:
     return [f"{document['note']} {machine(document['machine'])}.", markdown.table(lines, ["", "PSNR, dB"])]
 
 
+def _published(document: dict[str, Any]) -> list[str]:
+    lines = [
+        [
+            row["model"],
+            row["side"],
+            ", ".join(f"{name} {times:.2f}x" for name, times in row["speedups"].items()),
+            row["source"],
+        ]
+        for row in document["rows"]
+    ]
+    return [document["note"], markdown.table(lines, ["model", "image, px", "speed-up", "source"])]
+
+
 SECTIONS = {
     "bounds": _bounds,
     "code": _code,
@@ -132,6 +145,7 @@ SECTIONS = {
     "support": _support,
     "latency": _latency,
     "prototypes": _prototypes,
+    "published": _published,
     "weights": _weights,
     "tests": _tests,
 }

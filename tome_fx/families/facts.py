@@ -32,6 +32,8 @@ class Facts:
             if they can be.
         unweighed: Why merged tokens cannot be weighed; empty where they can be.
         per_token: Names of arguments with an entry for each token; see `Stack`.
+        text: Tokens of a prompt, as many as its pipelines make of any if they are not told otherwise; a prompt of
+            Qwen-Image is as long as it is.
         packed: Latents per token along a side, where tokens are what is put in; None for the config's `patch_size`.
         calls: Functions that the model's graph calls instead of entering them.
         reads: Attributes that the model reads of its blocks.
@@ -51,6 +53,7 @@ class Facts:
     weigh: tuple[Adapted, Adapted] | None = None
     unweighed: str = ""
     per_token: tuple[str, ...] = ()
+    text: int = 77
     packed: int | None = None
     calls: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
@@ -81,6 +84,7 @@ SD3 = Facts(
     attention=("attn", "attn2"),
     processor="attention_processor.JointAttnProcessor2_0",
     unweighed="takes no mask, by which merged tokens would be weighed",
+    text=77 + 256,  # of CLIP and of T5
     reads=("context_pre_only",),
 )
 FLUX = Facts(
@@ -95,6 +99,7 @@ FLUX = Facts(
         Adapted("joint_attention_kwargs", rotary.weights_after_text_where_taken, ("encoder_hidden_states",)),
     ),
     per_token=("joint_attention_kwargs.attention_mask", "joint_attention_kwargs.ip_adapter_masks"),
+    text=512,
     packed=transformer_inputs.PACKED,
 )
 FACTS: dict[str, Facts] = {
@@ -107,6 +112,7 @@ FACTS: dict[str, Facts] = {
         attention=("attn1", "attn2"),
         weights="attention_mask",
         per_token=("attention_mask", "cross_attention_kwargs.ip_adapter_masks"),
+        text=300,  # of Sigma; 120 of Alpha
     ),
     "SD3Transformer2DModel": SD3,
     # Of one without an embedding of places the tokens are put in, but for those of its picture.

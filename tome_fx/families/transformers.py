@@ -49,7 +49,7 @@ def example_inputs(
     width: int,
     *,
     batch: int = 2,
-    text_tokens: int = 77,
+    text_tokens: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def example_inputs(
         height: Latent rows.
         width: Latent columns.
         batch: Images.
-        text_tokens: Length of the prompt.
+        text_tokens: Length of the prompt; None for that which the model's pipelines give it.
         device: Of the tensors; "meta" for shapes alone.
         dtype: Of the tensors.
 
@@ -78,7 +78,7 @@ def example_inputs(
     def random(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, device=device, dtype=dtype)
 
-    return facts.inputs(model, height, width, text_tokens, random)
+    return facts.inputs(model, height, width, facts.text if text_tokens is None else text_tokens, random)
 
 
 def merged_sites(model: nn.Module, plan: Plan) -> list[Site]:
