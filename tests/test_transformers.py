@@ -22,6 +22,7 @@ from diffusers import (
 )
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.models import attention_dispatch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig
 from support.compiling import assert_no_break_and, by_block, whole
 from support.features import supports
@@ -294,6 +295,20 @@ def test_gradients_are_those_of_the_patch(scope: dict[str, Any], name: str, chec
     assert len(found[0]) > 20
     for parameter, gradient in found[1].items():
         assert (found[0][parameter] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-9
+
+
+def test_a_processor_that_asks_more_of_the_table_of_places_is_told_what_it_may() -> None:
+    class Own(FluxAttnProcessor):  # type: ignore[misc]
+        def __call__(self, attn: Any, hidden: Tensor, text: Any = None, mask: Any = None, table: Any = None) -> Any:
+            assert table[0].shape
+            return super().__call__(attn, hidden, text, mask, table)
+
+    model = copy.deepcopy(flux())
+    model.set_attn_processor(Own())
+    arguments = inputs(model)
+    output(transformed(model, 0), arguments)
+    with pytest.raises(AttributeError, match="table of places has no shape where tokens are merged"):
+        output(transformed(model), arguments)
 
 
 @some

@@ -34,6 +34,14 @@ class Rows:
         """`table.unsqueeze(dim)`, with the images before its dimensions."""
         return self.rows.unsqueeze(dim + 1)
 
+    def __getattr__(self, name: str) -> Any:
+        """What else a processor of the user's may ask a table for."""
+        raise AttributeError(
+            f"the table of places has no {name} where tokens are merged, for it is another one in each image: an "
+            "attention processor may put in dimensions of 1 as diffusers' own do, by table[None, :, None, :] or "
+            "unsqueeze, and no more. Leave the processor out, or the merging"
+        )
+
 
 def after_text(block: nn.Module, table: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
     """The cosines and sines of a sequence of text and image; a node of rewritten graphs.
