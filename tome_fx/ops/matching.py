@@ -25,7 +25,8 @@ from tome_fx import plan
 from tome_fx.ops.tiling import Tiles
 
 SCORES = 2**26  # bytes of float32 similarities that an image may have at a time
-COUNTED = 512  # sources of a tile that are ranked by counting, at most
+COUNTED = 1024  # tokens of a tile that are put in order by counting, at most: those of tiles of 32
+SORTED = 512  # tokens of a tile that Inductor sorts in a kernel of its own, at most
 LENGTH_AT_ZERO = 2  # of a dynamic ratio: see NOTE [A ratio as graphs read it]
 
 
@@ -141,7 +142,7 @@ def match(
     fits = statically_known_true(kept < 2**15)  # a sort takes a pass for every few bits
     slot = grid.filled(slot.to(torch.int16 if fits else torch.int32), grid.place_of_position, kept)
 
-    in_order, position = slot.sort(dim=2, stable=True)
+    in_order, position = _in_order(slot)
     image = torch.arange(batch, device=tokens.device)[:, None, None]
     order = grid.by_tiles((grid.token_of_position(position) + image * count).int())
     in_order = grid.by_tiles((in_order + image * kept).int())
@@ -190,8 +191,8 @@ def _rank(similar: Tensor, source: Tensor) -> Tensor:
     Of equals the first comes first, and NaN before all. Where few are counted, Inductor makes one kernel of that and of
     all that is done with the rank. A CPU sorts them faster.
     """
-    few = similar.device.type != "cpu" and statically_known_true(similar.shape[2] <= COUNTED)
-    return _counted(similar, source) if few else _sorted(similar, source)
+    counted = similar.device.type != "cpu" and _few(similar.shape[2])
+    return _counted(similar, source) if counted else _sorted(similar, source)
 
 
 def _counted(similar: Tensor, source: Tensor) -> Tensor:
@@ -208,6 +209,28 @@ def _sorted(similar: Tensor, source: Tensor) -> Tensor:
     # Inductor writes a scatter of int32 itself, and leaves one of int64 to ATen.
     rank = torch.empty_like(ranked, dtype=torch.int32).scatter_(2, ranked, place.expand_as(ranked))
     return rank.gather(2, source)
+
+
+def _in_order(slot: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots `[B, T, P]` of each tile in order, and the position that each had; of equals the first comes first.
+
+    A CPU sorts faster than it counts. So does a GPU where Inductor sorts in one kernel; else ATen would, in many.
+    """
+    several = slot.device.type != "cpu" and statically_known_true(slot.shape[2] > SORTED)
+    return _in_order_by_counting(slot) if several and _few(slot.shape[2]) else slot.sort(dim=2, stable=True)
+
+
+def _in_order_by_counting(slot: Tensor) -> tuple[Tensor, Tensor]:
+    count = slot.shape[2]
+    key = slot.int() * count + torch.arange(count, dtype=torch.int32, device=slot.device)
+    place = (key[:, :, None] < key[..., None]).sum(dim=3)
+    # Inductor writes a scatter of int32 itself, and leaves one of int64 to ATen.
+    in_order = torch.empty_like(key).scatter_(2, place, key)
+    return in_order // count, in_order % count
+
+
+def _few(count: int) -> bool:
+    return statically_known_true(count <= COUNTED)
 
 
 def _as_number(size: int | Tensor) -> int:
