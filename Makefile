@@ -31,7 +31,7 @@ $(FLOOR_READY): requirements-floor.txt pyproject.toml
 	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-demo: $(READY) ## Token merging in a StableDiffusionPipeline, against its peers; with JSON=bench/results/demo.json for the docs
+demo: $(READY) ## A small UNet with and without token merging, against its peers; with JSON=bench/results/demo.json for the docs
 	$(BIN)/python -m bench demo $(if $(JSON),--json $(JSON))
 
 test: $(READY) ## Run the fast tests, in JOBS processes: before each commit

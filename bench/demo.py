@@ -63,7 +63,8 @@ def run(images: int, steps: int, rounds: int, path: Path) -> dict[str, Any]:
             call = prepare(name, pipe.unet, ratio=RATIO)
             made = generate(pipe, call, prompts, steps=steps, guidance=shapes.GUIDANCE, title=f"images, {name}")
             columns[_title(name)] = list(made.pixels)
-    viz.grid(path.with_suffix(".png"), columns, prompts)
+    if columns:
+        viz.grid(path.with_suffix(".png"), columns, prompts)
     document["sweeps"] = {name: sweep(name, pipe.unet) for name in ROWS if "compile" in name and RUNS[name].merges}
     documents.write(path, document)
     return document

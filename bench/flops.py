@@ -29,7 +29,9 @@ def saving(name: str, model: nn.Module, steps: int) -> Callable[[Case], dict[str
     stock = {name: _stock(skeleton(model)), **{other: _beside(other) for other in others}}
 
     def saved(case: Case) -> dict[str, float]:
-        return {key: 1 - counted(case, shapes, steps, side=side) / all for key, (shapes, side, all) in stock.items()}
+        return {
+            key: 1 - counted(case, shapes, steps, side=side) / whole for key, (shapes, side, whole) in stock.items()
+        }
 
     return saved
 

@@ -36,7 +36,7 @@ def _qualities(document: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
     figure = Figure(figsize=(7, 5))
     axes = figure.subplots()
     draw_frontier(axes, document["rows"], document["pipeline"])
-    axes.set_xlabel(f"FLOPs of the UNet saved, {LATENTS} x {LATENTS} latents")
+    axes.set_xlabel(f"FLOPs saved, {LATENTS} x {LATENTS} latents")
     axes.set_ylabel("PSNR to stock's image of {width} x {height} px, dB".format(**document["size"]))
     yield "flops", figure
 

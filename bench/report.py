@@ -16,7 +16,7 @@ RESULTS = ROOT / "bench" / "results"
 
 def machine(m: dict[str, Any]) -> str:
     """The line above every table: what it was measured on and with."""
-    where = m["gpu"] or f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB"
+    where = m["gpu"] or f"{m['cpu']}, {m['cores']} core{'s' * (m['cores'] != 1)}, {m['memory_gib']} GiB"
     versions = ", ".join(f"{name} {m[name]}" for name in ("torch", "diffusers", "tomesd"))
     commit = f"; commit {m['commit']}" if m["commit"] else ""
     return f"{where}; Python {m['python']}, {versions}{commit}"
@@ -47,12 +47,13 @@ def _quality(document: dict[str, Any]) -> list[str]:
         f"{document['count']} images of {document['size']['width']} x {document['size']['height']} px of the pipeline "
         f"{document['pipeline']}, {document['steps']} steps, guidance {document['guidance']:g}, {document['dtype']} on "
         f"{document['device']}; means with 95 % confidence intervals. {machine(document['machine'])}. "
-        f"FLOPs saved are those of a UNet call at {LATENTS} x {LATENTS} latents, matching taken off, of a schedule the "
-        "mean of its steps; where a row names no levels, each model merges at those that pay in it."
+        f"FLOPs saved are those of a call at {LATENTS} x {LATENTS} latents, or as many as a transformer has places "
+        "for, matching taken off, of a schedule the mean of its steps; where a row names no levels, each model merges "
+        "at those that pay in it."
     )
     if timed := document.get("timed"):
         setting += (
-            f" Speed-ups of an eager call of the UNet at {timed['latents']} x {timed['latents']} latents, "
+            f" Speed-ups of an eager call at {timed['latents']} x {timed['latents']} latents, "
             f"{timed['dtype']} on {timed['device']}, the median over rounds and their range: "
             f"`python -m bench {' '.join(timed['argv'])}`, commit {timed['machine']['commit']}."
         )

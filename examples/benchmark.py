@@ -21,7 +21,9 @@ from diffusers import AutoPipelineForText2Image
 import tome_fx
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--sizes", type=int, nargs="+", default=[64], metavar="PIXELS", help="heights and widths")
+parser.add_argument(
+    "--sizes", type=int, nargs="+", metavar="PIXELS", help="sides of the image; without it, the model's own"
+)
 parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5], help="shares of the tokens to remove")
 parser.add_argument("--batch", type=int, default=1, help="images at once")
 parser.add_argument("--merge-block", action="store_true", help="merge around whole blocks rather than attention")
@@ -35,6 +37,7 @@ pipe.to(args.device)
 pipe.set_progress_bar_config(disable=True)
 part = "unet" if hasattr(pipe, "unet") else "transformer"
 stock = getattr(pipe, part)
+made_for = getattr(pipe, "default_sample_size", None) or stock.config.sample_size  # latents along a side
 
 
 def measure(model: Any, size: int) -> tuple[float, float, float | None]:
@@ -44,24 +47,24 @@ def measure(model: Any, size: int) -> tuple[float, float, float | None]:
 
     def ended(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(args.device)
         times.append(time.perf_counter())
         return tensors
 
     if gpu:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(args.device)
     options = {"height": size, "width": size, "num_images_per_prompt": args.batch, "output_type": "latent"}
     pipe("a red circle", num_inference_steps=args.steps, callback_on_step_end=ended, **options)
     steps = [after - before for before, after in itertools.pairwise(times)]
-    memory = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
+    memory = torch.cuda.max_memory_allocated(args.device) / 2**30 if gpu else None
     return 1000 * statistics.median(steps[1:]), steps[0], memory
 
 
-device = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
+device = torch.cuda.get_device_name(args.device) if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
 print(f"{args.model or 'tiny'}, {args.dtype}, batch {args.batch}, merge_block={args.merge_block}")
 print(f"{device}; torch {torch.__version__}, diffusers {diffusers.__version__}, tome_fx {tome_fx.__version__}")
 print(f"{'px':>6} {'model':<18} {'ms':>9} {'over compile':>13} {'bound':>7} {'first, s':>9} {'GiB':>6}")
-for size in args.sizes:
+for size in args.sizes or [made_for * pipe.vae_scale_factor]:
     eager = measure(stock, size)
     torch._dynamo.reset()  # so that a size does not count as a recompile of the one before
     compiled = measure(torch.compile(stock, fullgraph=True), size)

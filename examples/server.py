@@ -7,6 +7,7 @@ pipeline and its scheduler, which keeps count of the steps, serve one request at
 """
 
 import argparse
+import copy
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,10 +30,11 @@ stock.to(args.device)
 
 
 def pipeline(ratio: float) -> StableDiffusionPipeline:
-    """A pipeline with a UNet and a scheduler of its own, all else in common; its first call compiles."""
+    """A pipeline with a UNet of its own, and what keeps state, all else in common; its first call compiles."""
     unet = tome_fx.transform(stock.unet, ratio)
     scheduler = type(stock.scheduler).from_config(stock.scheduler.config)
-    components = {**stock.components, "unet": unet, "scheduler": scheduler}
+    own = {"unet": unet, "scheduler": scheduler, "tokenizer": copy.deepcopy(stock.tokenizer)}
+    components = {**stock.components, **own}
     pipe = StableDiffusionPipeline(**components, requires_safety_checker=stock.config.requires_safety_checker)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.compile(fullgraph=True)

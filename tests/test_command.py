@@ -125,9 +125,9 @@ def test_a_model_that_cannot_be_transformed_is_refused_in_words(tmp_path: Path, 
     ("text", "message"),
     [
         ("{", "config.json' is not a valid JSON file."),
-        ("{}", "folder must have the config of a model of diffusers, got '{folder}' of a None"),
-        ('{"_class_name": "DDIMScheduler"}', "got '{folder}' of a DDIMScheduler"),
-        ('{"_class_name": "AModelToCome"}', "got '{folder}' of a AModelToCome"),
+        ("{}", "folder must have the config of a model of diffusers, got '{folder}', whose config names none"),
+        ('{"_class_name": "DDIMScheduler"}', "got '{folder}', whose config names DDIMScheduler"),
+        ('{"_class_name": "AModelToCome"}', "got '{folder}', whose config names AModelToCome"),
         (
             '{"_class_name": "UNet2DConditionModel", "down_block_types": ["NoBlock"]}',
             "builds no UNet2DConditionModel by the config in {folder}: ValueError: ",

@@ -1,6 +1,5 @@
 """A transformed model in several processes: its gradients, its shards and its images are those of one."""
 
-import copy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig, DDIMScheduler
-from support import transformers as diffusion
+from diffusers import DDIMScheduler
 from support.features import CONDITION, WORKS, Enable, merged, own, supports
 from support.models import blocks, gradients, inputs, mask, output, relative_error, transformers, two_stages
 from support.wrapped import wrapped
@@ -19,7 +17,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tome_fx import TransformError, set_ratio, transform
 from tome_fx.graph import specialize
@@ -102,24 +99,6 @@ def test_a_model_that_is_sharded_already_is_refused(sharded: Enable) -> None:
     sharded(model)
     with pytest.raises(TransformError, match=r"(?i)fsdp|shard"):
         transform(model)
-
-
-@pytest.mark.parametrize("merge_block", [False, True])
-@pytest.mark.parametrize("name", ["flux", "qwen"])
-def test_a_model_whose_tokens_are_shared_out_among_processes_is_refused(
-    monkeypatch: pytest.MonkeyPatch, name: str, merge_block: bool
-) -> None:
-    monkeypatch.setattr(diffusion, "TEXT", 6)  # tokens of text are shared out too
-    result = transform(copy.deepcopy(diffusion.MODELS[name]()), merge_block=merge_block)
-    arguments = diffusion.inputs(result)
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)  # by which diffusers counts CPUs as well
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    try:
-        result.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
-        with pytest.raises(TransformError, match="by enable_parallelism"):
-            diffusion.output(result, arguments)
-    finally:
-        dist.destroy_process_group()
 
 
 RANK = """

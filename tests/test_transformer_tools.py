@@ -1,11 +1,15 @@
-"""What test_viz.py and test_command.py say of UNets holds for transformers as well."""
+"""What test_viz.py and test_command.py say of UNets holds for transformers as well; several processes do not."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FluxPipeline, PixArtSigmaPipeline, StableDiffusion3Pipeline
+import torch.distributed as dist
+from diffusers import ContextParallelConfig, DDIMScheduler, FluxPipeline, PixArtSigmaPipeline, StableDiffusion3Pipeline
+from support import transformers as diffusion
+from support.features import REFUSED, supports
 from support.maps import SHOWN, STEPS, columns, mapped, rows
 from support.transformers import MODELS, SIDE, flux, pixart, sd3
 from test_transformer_pipelines import (
@@ -18,6 +22,7 @@ from test_transformer_pipelines import (
     of_kontext,
     prompt,
 )
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tome_fx
 from tome_fx import viz
@@ -95,3 +100,22 @@ def test_the_command_explains_a_transformer_of_a_folder(name: str, part: str, tm
     main(["explain", str(tmp_path), "--height", str(SIDE), "--width", str(SIDE), "--merge-block"])
     expected = tome_fx.explain(tome_fx.transform(MODELS[name](), merge_block=True), SIDE, SIDE)
     assert capsys.readouterr().out == f"{expected}\n"
+
+
+@supports("Context parallelism", REFUSED, group="Diffusion transformers")
+@pytest.mark.parametrize("merge_block", [False, True])
+@pytest.mark.parametrize("name", ["flux", "qwen"])
+def test_a_model_whose_tokens_are_shared_out_among_processes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, merge_block: bool
+) -> None:
+    monkeypatch.setattr(diffusion, "TEXT", 6)  # tokens of text are shared out too
+    result = tome_fx.transform(copy.deepcopy(diffusion.MODELS[name]()), merge_block=merge_block)
+    arguments = diffusion.inputs(result)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)  # by which diffusers counts CPUs as well
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        result.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+        with pytest.raises(tome_fx.TransformError, match="by enable_parallelism"):
+            diffusion.output(result, arguments)
+    finally:
+        dist.destroy_process_group()

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--{name}",
             type=value,
             required=True,
+            metavar=side.upper(),
             help=f"latent {side}, an eighth of the image's pixels for Stable Diffusion",
         )
     add_options(command)

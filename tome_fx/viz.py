@@ -89,7 +89,9 @@ def recorded_slots(model: nn.Module) -> Iterator[Recorded]:
     """
     inner, merging = transformed(model)
     if compiled_parts(model):
-        raise TransformError(f"{type(inner).__name__} is compiled, where nothing can listen: record it before that")
+        raise TransformError(
+            f"{type(inner).__name__} is compiled, and compiled code calls no hooks: draw what it merges before that"
+        )
     recorded = Recorded(family_of(inner).merged_sites(inner, merging.plan))
 
     def count(*_: Any) -> None:
@@ -211,7 +213,7 @@ def _figure_class() -> type["Figure"]:
     try:
         from matplotlib.figure import Figure  # only pictures need it
     except ImportError as error:
-        raise ImportError("tome_fx.viz draws with matplotlib, which is not there: pip install tome_fx[viz]") from error
+        raise ImportError("tome_fx.viz draws with matplotlib, which is not there: pip install matplotlib") from error
     return Figure
 
 

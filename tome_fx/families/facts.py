@@ -32,8 +32,8 @@ class Facts:
             if they can be.
         unweighed: Why merged tokens cannot be weighed; empty where they can be.
         per_token: Names of arguments with an entry for each token; see `Stack`.
-        text: Tokens of a prompt, as many as its pipelines make of any if they are not told otherwise; a prompt of
-            Qwen-Image is as long as it is.
+        text: Tokens of a prompt, as its pipelines pad any by default; Qwen-Image's are not padded, and any number
+            stands for them.
         packed: Latents per token along a side, where tokens are what is put in; None for the config's `patch_size`.
         calls: Functions that the model's graph calls instead of entering them.
         reads: Attributes that the model reads of its blocks.

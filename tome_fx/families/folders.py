@@ -34,7 +34,9 @@ def from_folder(folder: str | os.PathLike[str]) -> nn.Module:
     name = config.get("_class_name")
     cls: Any = getattr(diffusers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ValueError(f"folder must have the config of a model of diffusers, got {folder!r} of a {name}")
+        raise ValueError(
+            f"folder must have the config of a model of diffusers, got {folder!r}, whose config names {name or 'none'}"
+        )
     try:
         with torch.device("meta"):
             return cls.from_config(config)  # type: ignore[attr-defined,no-any-return]

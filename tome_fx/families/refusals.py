@@ -99,7 +99,8 @@ class CheckStack:
         """Look at the forward of each block.
 
         Raises:
-            TransformError: Another library or the user has replaced one, so that nothing would be merged in it.
+            TransformError: Another library or the user has replaced one, so that nothing would be merged in it; or
+                tokens are shared out among processes.
         """
         if not _merges_nothing(module):
             _refuse_shares_of_tokens(module)
@@ -130,7 +131,8 @@ class CheckMergedStack:
         """Look at the blocks, unless nothing is matched: at a dynamic ratio of 0 tokens are.
 
         Raises:
-            TransformError: As `CheckBlock` does, of the blocks and what is in them; or tomesd merges in them.
+            TransformError: As `CheckBlock` does, of the blocks and what is in them; or tomesd merges in them, or tokens
+                are shared out among processes.
         """
         if _merges_nothing(module):
             return

@@ -6,7 +6,7 @@ is another token in each image, and diffusers' functions want one table `[S, D]`
 than put in dimensions of 1. So they are given an object that does that to `[B, S, D]`; there is no arithmetic in it.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,12 @@ class Rows:
         """`table.unsqueeze(dim)`, with the images before its dimensions."""
         return self.rows.unsqueeze(dim + 1)
 
-    def __getattr__(self, name: str) -> Any:
-        """What else a processor of the user's may ask a table for."""
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuse in words what else a processor of the user's asks a table for.
+
+        Raises:
+            AttributeError: Always: it is called for what is not there.
+        """
         raise AttributeError(
             f"the table of places has no {name} where tokens are merged, for it is another one in each image: an "
             "attention processor may put in dimensions of 1 as diffusers' own do, by table[None, :, None, :] or "
