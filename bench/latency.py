@@ -1,4 +1,4 @@
-"""`python -m bench latency`: milliseconds of a UNet call, every variant beside its peers."""
+"""`python -m bench latency`: milliseconds of a call of the model, every variant beside its peers."""
 
 import argparse
 import hashlib
@@ -180,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=models.DTYPES, default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--mode", choices=MODES, default="default")
-    parser.add_argument("--no-guidance", action="store_true", help="one UNet call per image, not two")
+    parser.add_argument("--no-guidance", action="store_true", help="one call per image, not two")
     parser.add_argument("--end-to-end", action="store_true", help=f"seconds per image of {STEPS} steps, VAE included")
     parser.add_argument("--breakdown", action="store_true", help="time match, merge, unmerge and attention as well")
     parser.add_argument("--rounds", type=int, help="timed calls of each variant")

@@ -123,4 +123,4 @@ def _draw_waterfall(axes: Any, rows: dict[str, Any]) -> None:
     bars = axes.bar(steps, heights, color=["0.7", "0.6", "0.5", "tab:green"][-len(steps) :])
     axes.bar_label(bars, fmt="%.0f ms")
     axes.margins(y=0.12)
-    axes.set_ylabel("ms per UNet call")
+    axes.set_ylabel("ms per call")

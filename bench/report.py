@@ -38,7 +38,7 @@ def _demo(document: dict[str, Any]) -> list[str]:
 
 def _cold(document: dict[str, Any]) -> list[str]:
     given = document["setting"]
-    setting = f"{document['resolution']} px, UNet batch 1, ratio {given['ratio']}, fp32 on cpu."
+    setting = f"{document['resolution']} px, batch 1, ratio {given['ratio']}, fp32 on cpu."
     return [document["note"], f"{setting} {machine(document['machine'])}.", cold.table(document)]
 
 
@@ -81,7 +81,7 @@ def _latency(document: dict[str, Any]) -> list[str]:
     for entry in document["cells"]:
         cell = Cell.read(entry["cell"])
         parts.append(
-            f"**{cell.model}, {cell.resolution} px**, UNet batch {cell.unet_batch}, {cell.merging}, "
+            f"**{cell.model}, {cell.resolution} px**, batch {cell.unet_batch}, {cell.merging}, "
             f"{cell.dtype} on {cell.device}, mode {cell.mode}. {machine(entry['machine'])}.\n\n{tables.table(entry)}"
         )
         if "breakdown" in entry:
@@ -98,7 +98,7 @@ def _bounds(document: dict[str, Any]) -> list[str]:
 def _code(document: dict[str, Any]) -> list[str]:
     cards = ", ".join(f"{card} is {name}" for card, name in document["cards"].items())
     setting = (
-        f"{document['model']}, {document['resolution']} px, UNet batch {document['batch']}, "
+        f"{document['model']}, {document['resolution']} px, batch {document['batch']}, "
         f"ratio {document['ratio']:g}, fp16; {cards}. {machine(document['machine'])}."
     )
     return [document["note"], setting, code.table(document)]

@@ -27,8 +27,8 @@ def table(entry: dict[str, Any]) -> str:
         lines.append(
             [
                 name,
-                f"{median(samples) * scale:.4g}",
-                f"{spread[0] * scale:.4g} - {spread[-1] * scale:.4g}",
+                _number(median(samples) * scale),
+                f"{_number(spread[0] * scale)} - {_number(spread[-1] * scale)}",
                 _times(speedup(rows, "vanilla", name)),
                 _times(over_compile),
                 _times(bound),
@@ -74,6 +74,11 @@ def share_of_bound(over_compile: float | None, bound: float | None) -> str:
     if over_compile is None or bound is None or bound <= 1:
         return ""
     return f"{(over_compile - 1) / (bound - 1):.0%}"
+
+
+def _number(value: float) -> str:
+    """In four digits, or whole where it has more."""
+    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
 
 
 def _times(ratio: float | None) -> str:
