@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def _quality(document: dict[str, Any]) -> list[str]:
 def _points(document: dict[str, Any]) -> list[str]:
     return [
         f"PSNR to the unmerged image: {document['count']} images of the pipeline {document['pipeline']}, "
-        f"{document['dtype']} on {document['device']}. {machine(document['machine'])}.",
+        f"{document['dtype']} on {document['device']}.\n{machine(document['machine'])}.",
         quality_tables.points(document),
     ]
 
@@ -154,6 +155,7 @@ SECTIONS = {
 COMPUTED: dict[str, Callable[[dict[str, Any]], str]] = {
     "points": lambda results: "\n\n".join(_points(results["quality"])),
     "attention-kernels": lambda results: attention.chosen(),
+    "support-counts": lambda results: support_counts(results["support"]["features"]),
 }
 VERDICTS = {"works": "yes", "works with a condition": "yes, if", "refused": "no"}
 
@@ -162,12 +164,25 @@ def support(features: dict[str, Any]) -> str:
     """What works with what, by the tests that showed it: a table for each group."""
     groups: dict[str, list[list[str]]] = {group: [] for group in sorted({row["group"] for row in features.values()})}
     for feature, row in features.items():
-        outcomes = set(row["tests"].values())
-        if "failed" in outcomes:
+        if "failed" in row["tests"].values():
             raise ValueError(f"{feature}: a test failed: {row['tests']}")
-        verdict = VERDICTS[row["verdict"]] if outcomes == {"passed"} else "not shown: its test was skipped"
+        verdict = VERDICTS[row["verdict"]] if _shown(row) else "not shown: its test was skipped"
         groups[row["group"]].append([feature, verdict, row["condition"]])
     return "\n\n".join(markdown.table(lines, [group, "", "condition"]) for group, lines in groups.items())
+
+
+def support_counts(features: dict[str, Any]) -> str:
+    """The same in a sentence."""
+    counts = Counter(row["verdict"] for row in features.values() if _shown(row))
+    works, condition, refused = (counts[verdict] for verdict in VERDICTS)
+    return (
+        f"Of {len(features)} features that have a test, {works} work, {condition} do under a condition and {refused} "
+        f"are refused with the reason; {len(features) - counts.total()} wait for a device that was not there."
+    )
+
+
+def _shown(row: dict[str, Any]) -> bool:
+    return set(row["tests"].values()) == {"passed"}
 
 
 def pages(root: Path) -> dict[Path, str]:
