@@ -63,7 +63,8 @@ def whole(model: str, options: dict[str, Any] | None) -> MODULE:
 
 def cases(card: str) -> list[Case]:
     """What is compiled for the card: less for those that differ from another in little that matters here."""
-    forms = (STOCK, "default") if card == "sm_89" else (STOCK, *FORMS)
+    weighed_by_channel = (STOCK, "default", "whole grid", "dynamic ratio", "keys and values", "whole block")
+    forms = {"sm_80": weighed_by_channel, "sm_89": (STOCK, "default"), "sm_90": (STOCK, *FORMS)}[card]
     result = [Case("sd15", form, (64, 64)) for form in forms]
     if card == "sm_80":
         result += [Case("sdxl", form, (64, 64)) for form in (STOCK, "default")]  # whose heads are of another width

@@ -79,6 +79,12 @@ def test_a_site_of_stable_diffusion_adds_at_most_ten_launches_however_large(
     assert ours["gemm"].keys() - stock["gemm"].keys() == {"bmm"}
 
 
+def test_tiles_of_more_than_inductor_sorts_at_once_add_two_launches_and_none_of_atens(recorded: dict[str, Any]) -> None:
+    default, large = (recorded["sm_90"][str(Case("sd15", form, (64, 64)))] for form in ("default", "tiles of 32"))
+    assert launches(large) - launches(default) <= 2
+    assert large["aten"] == default["aten"]
+
+
 class Planted(nn.Module):
     """Does what a form of merging must not."""
 
