@@ -6,6 +6,8 @@ original. It is exported, and compiled ahead of time.
 """
 
 import copy
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,34 +61,51 @@ def test_a_dynamic_ratio_is_one_graph_for_all(options: dict[str, Any], counter: 
     assert_no_break_and(counter, 1)
 
 
+@functools.cache
+def of_stock(taken: Callable[[Any], int], build: Callable[[], Any]) -> int:
+    """The compiles that the stock model takes, counted once for all options."""
+    return taken(build())
+
+
+def of_sizes(model: Any) -> int:
+    """The compiles of several sizes, and of as many ratios where the model has any."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = whole(model, counter, dynamic=True)
+    for ratio, *size in ((0.5, 32, 32), (0.25, 32, 24), (0.5, 17, 40), (0.7, 24, 24), (0.3, 40, 22)):
+        if hasattr(model, "tome_fx"):
+            set_ratio(model, ratio)
+        arguments = inputs(model, *size)
+        assert relative_error(output(compiled, arguments), output(model, arguments)) < 1e-5
+    return int(counter.frame_count)
+
+
 @each_option()
 def test_dynamic_sizes_and_ratios_take_the_compiles_of_the_stock_model(options: dict[str, Any]) -> None:
-    taken = []
-    for model in (one_block(), transform(one_block(), 0.5, dynamic_ratio=True, **options)):
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend("eager")
-        compiled = whole(model, counter, dynamic=True)
-        for ratio, *size in ((0.5, 32, 32), (0.25, 32, 24), (0.5, 17, 40), (0.7, 24, 24), (0.3, 40, 22)):
-            if model is not one_block():
-                set_ratio(model, ratio)
-            arguments = inputs(model, *size)
-            assert relative_error(output(compiled, arguments), output(model, arguments)) < 1e-5
-        taken.append(counter.frame_count)
-    assert taken == [2, 2]  # one for squares, one for the rest
+    taken = of_sizes(transform(one_block(), 0.5, dynamic_ratio=True, **options))
+    assert taken == of_stock(of_sizes, one_block) == 2  # one for squares, one for the rest
+
+
+def own_sdxl() -> Any:
+    """One that may be compiled in place."""
+    return copy.deepcopy(sdxl())
+
+
+def of_repeated_blocks(model: Any) -> int:
+    """The compiles of two calls, block by block."""
+    torch._dynamo.reset()
+    counter, arguments = CompileCounterWithBackend("eager"), inputs(sdxl(), *SIZE)
+    expected = output(model, arguments)
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    for _ in range(2):
+        assert torch.equal(output(model, arguments), expected)
+    return int(counter.frame_count)
 
 
 @each_option(*MODES)
 def test_by_repeated_blocks_it_takes_no_more_compiles_than_the_stock_model(options: dict[str, Any]) -> None:
-    taken = []
-    for model in (copy.deepcopy(sdxl()), transform(sdxl(), 0.5, **{**STACKS, **options})):
-        torch._dynamo.reset()
-        counter, arguments = CompileCounterWithBackend("eager"), inputs(sdxl(), *SIZE)
-        expected = output(model, arguments)
-        model.compile_repeated_blocks(fullgraph=True, backend=counter)
-        for _ in range(2):
-            assert torch.equal(output(model, arguments), expected)
-        taken.append(counter.frame_count)
-    assert 0 < taken[1] <= taken[0]
+    taken = of_repeated_blocks(transform(sdxl(), 0.5, **{**STACKS, **options}))
+    assert 0 < taken <= of_stock(of_repeated_blocks, own_sdxl)
 
 
 @each_option(*MODES)
