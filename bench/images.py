@@ -46,6 +46,11 @@ def denoiser_name(pipe: Any) -> str:
     return next(name for name in ("unet", "transformer") if hasattr(pipe, name))
 
 
+def denoiser_of(pipe: Any) -> Any:
+    """That part."""
+    return getattr(pipe, denoiser_name(pipe))
+
+
 def denoise(
     pipe: Any, call: Callable[..., Any], *, seeds: Sequence[int], steps: int, guidance: float, **inputs: Any
 ) -> Tensor:
@@ -59,8 +64,7 @@ def denoise(
         guidance: Scale of the classifier-free guidance; 1 for none.
         **inputs: What else the pipeline is given: prompts, or their embeddings, and the size.
     """
-    name = denoiser_name(pipe)
-    denoiser = getattr(pipe, name)
+    name, denoiser = denoiser_name(pipe), denoiser_of(pipe)
     setattr(pipe, name, AsDenoiser(call, denoiser))
     try:
         latents: Tensor = pipe(
@@ -102,8 +106,6 @@ def generate(
         latents = denoise(pipe, call, seeds=range(first, first + len(some)), prompt=some, **how)
         pixels = decode(pipe, latents)
         if not pixels.isfinite().all():
-            raise ValueError(
-                f"an image is not finite: try another dtype than {getattr(pipe, denoiser_name(pipe)).dtype}"
-            )
+            raise ValueError(f"an image is not finite: try another dtype than {denoiser_of(pipe).dtype}")
         parts.append((latents.float().cpu(), pixels.float().cpu()))
     return Images(*map(torch.cat, zip(*parts, strict=True)))

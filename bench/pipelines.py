@@ -7,7 +7,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from bench import shapes
-from bench.images import denoiser_name
+from bench.images import denoiser_of
 from bench.models import DTYPES
 from bench.shapes.scenes import HELD_OUT, Scene, numbered
 
@@ -26,7 +26,7 @@ def load(pipeline: str, device: str = "cpu", dtype: str = "fp32") -> Any:
 
 def sides(pipe: Any) -> dict[str, int]:
     """Height and width, in pixels, of the images that a pipeline makes if it is not told otherwise."""
-    latents = getattr(pipe, denoiser_name(pipe)).config.sample_size
+    latents = denoiser_of(pipe).config.sample_size
     height, width = (latents, latents) if isinstance(latents, int) else latents
     return {"height": height * pipe.vae_scale_factor, "width": width * pipe.vae_scale_factor}
 

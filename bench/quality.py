@@ -14,7 +14,7 @@ from torch import Tensor
 from bench import documents, measure, shapes, viz
 from bench.cases import ROUNDED, STOCK, Case
 from bench.flops import saving
-from bench.images import Images, denoiser_name, generate
+from bench.images import Images, denoiser_of, generate
 from bench.metrics import compare, judging, perceiving
 from bench.models import DTYPES, example
 from bench.options import add_merging, merging, note_given, refuse_idle
@@ -69,7 +69,7 @@ def run(
         return document, {}
     judged = judging(scenes) if scenes else None
     perceived = perceiving(texts) if not scenes else None
-    denoiser = getattr(pipe, denoiser_name(pipe))
+    denoiser = denoiser_of(pipe)
     asked = shapes.inputs(pipe) if pipeline in shapes.PIPELINES else {}
     saved = saving(pipeline, denoiser, steps)
     if judged:  # what the measures say of as many real images: the best that there is
@@ -122,7 +122,7 @@ def add_times(path: Path, side: int, rounds: int, device: str = "cpu", dtype: st
     """
     document = documents.read(path)
     pipe = load(document["pipeline"], device, dtype)
-    denoiser = getattr(pipe, denoiser_name(pipe))
+    denoiser = denoiser_of(pipe)
     inputs = example(denoiser, side, side, 2)
     cases = [Case.read(row["case"]) for row in document["rows"]]
 

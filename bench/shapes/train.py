@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bench.images import denoiser_name, generate
+from bench.images import denoiser_name, denoiser_of, generate
 from bench.shapes import GUIDANCE, PIPELINE, blank, inputs
 from bench.shapes import reader as judge
 from bench.shapes.fit import fit
@@ -71,7 +71,7 @@ def train_vae(folder: Path, steps: int) -> AutoencoderKL:
 def train_denoiser(path: Path, pipe: DiffusionPipeline, reader: Reader, coarse: int, steps: int) -> None:
     """Denoiser and text encoder together, on images of half the side first, which cost a sixth."""
     vae, name = pipe.vae, denoiser_name(pipe)
-    both = nn.ModuleDict({name: getattr(pipe, name), "text_encoder": pipe.text_encoder})
+    both = nn.ModuleDict({name: denoiser_of(pipe), "text_encoder": pipe.text_encoder})
     test = numbered(HELD_OUT, 48)
 
     def loss(step: int) -> Tensor:
@@ -130,8 +130,9 @@ ERRORS: dict[str, Callable[..., Tensor]] = {"unet": of_velocity, "transformer": 
 def sample(pipe: DiffusionPipeline, scenes: Sequence[Scene], side: int) -> Tensor:
     """Images `[B, 3, side, side]` from -1 to 1 of the scenes' captions, the i-th from seed i."""
     captions = [one.caption for one in scenes]
-    denoiser = getattr(pipe, denoiser_name(pipe))
-    images = generate(pipe, denoiser, captions, steps=12, guidance=GUIDANCE, height=side, width=side, **inputs(pipe))
+    images = generate(
+        pipe, denoiser_of(pipe), captions, steps=12, guidance=GUIDANCE, height=side, width=side, **inputs(pipe)
+    )
     return 2 * images.pixels - 1
 
 
