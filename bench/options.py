@@ -1,11 +1,11 @@
 """Options of the commands: one that would do nothing is an error."""
 
 import argparse
-import ast
 from collections.abc import Iterable
 from typing import Any
 
 from bench.cases import DEFAULTS, Options, options
+from tome_fx.__main__ import value
 
 
 class _Noting(argparse.Action):
@@ -42,13 +42,10 @@ def merging(texts: Iterable[str]) -> Options:
     """
     found = {}
     for text in texts:
-        name, _, value = text.partition("=")
+        name, _, given = text.partition("=")
         if name not in DEFAULTS:
             raise ValueError(f"options must be NAME=VALUE of {', '.join(DEFAULTS)}; got {text!r}")
-        try:
-            found[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):  # a word
-            found[name] = value
+        found[name] = value(given)
     return options(**found)
 
 
