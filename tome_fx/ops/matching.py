@@ -191,8 +191,7 @@ def _rank(similar: Tensor, source: Tensor) -> Tensor:
     Of equals the first comes first, and NaN before all. Where few are counted, Inductor makes one kernel of that and of
     all that is done with the rank. A CPU sorts them faster.
     """
-    counted = similar.device.type != "cpu" and _few(similar.shape[2])
-    return _counted(similar, source) if counted else _sorted(similar, source)
+    return _counted(similar, source) if _is_counted(similar) else _sorted(similar, source)
 
 
 def _counted(similar: Tensor, source: Tensor) -> Tensor:
@@ -216,8 +215,8 @@ def _in_order(slot: Tensor) -> tuple[Tensor, Tensor]:
 
     A CPU sorts faster than it counts. So does a GPU where Inductor sorts in one kernel; else ATen would, in many.
     """
-    several = slot.device.type != "cpu" and statically_known_true(slot.shape[2] > SORTED)
-    return _in_order_by_counting(slot) if several and _few(slot.shape[2]) else slot.sort(dim=2, stable=True)
+    large = statically_known_true(slot.shape[2] > SORTED)
+    return _in_order_by_counting(slot) if large and _is_counted(slot) else slot.sort(dim=2, stable=True)
 
 
 def _in_order_by_counting(slot: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,8 +228,9 @@ def _in_order_by_counting(slot: Tensor) -> tuple[Tensor, Tensor]:
     return in_order // count, in_order % count
 
 
-def _few(count: int) -> bool:
-    return statically_known_true(count <= COUNTED)
+def _is_counted(values: Tensor) -> bool:
+    """Whether the values `[B, T, P]` of each tile are put in order by counting."""
+    return values.device.type != "cpu" and statically_known_true(values.shape[2] <= COUNTED)
 
 
 def _as_number(size: int | Tensor) -> int:
