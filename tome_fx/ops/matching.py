@@ -215,8 +215,7 @@ def _in_order(slot: Tensor) -> tuple[Tensor, Tensor]:
 
     A CPU sorts faster than it counts. So does a GPU where Inductor sorts in one kernel; else ATen would, in many.
     """
-    large = statically_known_true(slot.shape[2] > SORTED)
-    return _in_order_by_counting(slot) if large and _is_counted(slot) else slot.sort(dim=2, stable=True)
+    return _in_order_by_counting(slot) if _is_counted(slot, above=SORTED) else slot.sort(dim=2, stable=True)
 
 
 def _in_order_by_counting(slot: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,9 +227,11 @@ def _in_order_by_counting(slot: Tensor) -> tuple[Tensor, Tensor]:
     return in_order // count, in_order % count
 
 
-def _is_counted(values: Tensor) -> bool:
-    """Whether the values `[B, T, P]` of each tile are put in order by counting."""
-    return values.device.type != "cpu" and statically_known_true(values.shape[2] <= COUNTED)
+def _is_counted(values: Tensor, above: int = 0) -> bool:
+    """Whether the values `[B, T, P]` of each tile, more than `above`, are put in order by counting."""
+    count = _as_number(values.shape[2])
+    enough, few = statically_known_true(count > above), statically_known_true(count <= COUNTED)
+    return values.device.type != "cpu" and enough and few
 
 
 def _as_number(size: int | Tensor) -> int:
