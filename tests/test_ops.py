@@ -270,6 +270,19 @@ def test_counting_ranks_as_sorting_does(case: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(order.gather(2, counted.long()), source)
 
 
+@pytest.mark.parametrize("tile", [None, 4, 8])
+def test_a_device_that_counts_matches_as_one_that_sorts(tile: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU sorts, and is made to count here."""
+    tokens = random_tokens(13 * 17)
+    expected = matched(tokens, (13, 17, 2, 2), 0.6, 1, tile)
+    monkeypatch.setattr(matching, "_is_counted", lambda values, above=0: True)
+    with Recorder() as recorder:
+        counted = matched(tokens, (13, 17, 2, 2), 0.6, 1, tile)
+    assert "sort" not in recorder.names
+    for a, b in zip(counted, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 20), st.sampled_from([torch.int16, torch.int32]), st.data())
 def test_counting_puts_in_order_as_sorting_does(
@@ -278,22 +291,13 @@ def test_counting_puts_in_order_as_sorting_does(
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     largest = data.draw(st.sampled_from([1, 4, 2**15 - 1]))
     slot = torch.randint(largest + 1, (batch, tiles, count), generator=generator).to(dtype)
-    for ours, theirs in zip(matching._in_order_by_counting(slot), slot.sort(dim=2, stable=True), strict=True):
-        assert torch.equal(ours.long(), theirs.long())
-
-
-@pytest.mark.parametrize("tile", [None, 4, 8])
-def test_a_device_that_counts_matches_as_one_that_sorts(tile: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU sorts, and is made to count here."""
-    tokens = random_tokens(13 * 17)
-    expected = matched(tokens, (13, 17, 2, 2), 0.6, 1, tile)
-    monkeypatch.setattr(matching, "_sorted", matching._counted)
-    monkeypatch.setattr(matching, "_in_order", matching._in_order_by_counting)
-    with Recorder() as recorder:
-        counted = matched(tokens, (13, 17, 2, 2), 0.6, 1, tile)
-    assert "sort" not in recorder.names
-    for a, b in zip(counted, expected, strict=True):
-        assert torch.equal(a, b)
+    for counts in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(matching, "_is_counted", lambda values, above=0, counts=counts: counts)
+            found = matching._in_order(slot, lambda slot, position: (slot + 1, 2 * position))
+        in_order, position = slot.long().sort(dim=2, stable=True)
+        for ours, theirs in zip(found, (in_order + 1, 2 * position), strict=True):
+            assert torch.equal(ours.long(), theirs)
 
 
 def largest(side: int, tile: int | None, device: str = "cpu") -> int:

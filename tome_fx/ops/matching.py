@@ -14,6 +14,7 @@ thousandths, and one graph serves every ratio. The length is 2 at a ratio of 0, 
 constants too. Thousandths keep every product below 2**31, which index arithmetic on a GPU needs.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -142,10 +143,13 @@ def match(
     fits = statically_known_true(kept < 2**15)  # a sort takes a pass for every few bits
     slot = grid.filled(slot.to(torch.int16 if fits else torch.int32), grid.place_of_position, kept)
 
-    in_order, position = _in_order(slot)
     image = torch.arange(batch, device=tokens.device)[:, None, None]
-    order = grid.by_tiles((grid.token_of_position(position) + image * count).int())
-    in_order = grid.by_tiles((in_order + image * kept).int())
+
+    def told(slot: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """The slot and the token at a position of each tile, numbered through the batch."""
+        return (slot + image * kept).int(), (grid.token_of_position(position) + image * count).int()
+
+    in_order, order = map(grid.by_tiles, _in_order(slot, told))
     slots = torch.arange(batch * kept, dtype=torch.int32, device=tokens.device)
     start = torch.searchsorted(in_order.flatten(), slots, out_int32=True)
     return SlotMap(grid.by_rows(slot).int(), order, start.view(batch, kept))
@@ -210,21 +214,21 @@ def _sorted(similar: Tensor, source: Tensor) -> Tensor:
     return rank.gather(2, source)
 
 
-def _in_order(slot: Tensor) -> tuple[Tensor, Tensor]:
-    """The slots `[B, T, P]` of each tile in order, and the position that each had; of equals the first comes first.
+def _in_order(slot: Tensor, told: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What is told of each slot `[B, T, P]` and of its position, in the order of the slots; of equals the first first.
 
     A CPU sorts faster than it counts. So does a GPU where Inductor sorts in one kernel; else ATen would, in many.
     """
-    return _in_order_by_counting(slot) if _is_counted(slot, above=SORTED) else slot.sort(dim=2, stable=True)
-
-
-def _in_order_by_counting(slot: Tensor) -> tuple[Tensor, Tensor]:
-    count = slot.shape[2]
-    key = slot.int() * count + torch.arange(count, dtype=torch.int32, device=slot.device)
+    if not _is_counted(slot, above=SORTED):
+        return told(*slot.sort(dim=2, stable=True))
+    image, tile, position = (torch.arange(size, dtype=torch.int32, device=slot.device) for size in slot.shape)
+    key = slot.int() * slot.shape[2] + position
     place = (key[:, :, None] < key[..., None]).sum(dim=3)
-    # Inductor writes a scatter of int32 itself, and leaves one of int64 to ATen.
-    in_order = torch.empty_like(key).scatter_(2, place, key)
-    return in_order // count, in_order % count
+    # Inductor makes one kernel of the counting and of all that is put, and would fill what is scattered to in another.
+    index = (image[:, None, None], tile[:, None], place)
+    return tuple(
+        values.new_empty(slot.shape).index_put_(index, values.expand_as(slot)) for values in told(slot, position)
+    )
 
 
 def _is_counted(values: Tensor, above: int = 0) -> bool:
