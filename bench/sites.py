@@ -15,7 +15,7 @@ from bench.cuda_code import MODULE
 FORMS: dict[str, dict[str, Any]] = {
     "default": {},
     "unweighted": {"prop_attn": False},
-    "tiles of 32": {"tile": 32},
+    "tiles of 16": {"tile": 16},
     "whole grid": {"tile": None},
     "tomesd's": dict(tome_fx.TOMESD),
     "dynamic ratio": {"dynamic_ratio": True},

@@ -7,7 +7,7 @@ FINEST, ALL_LEVELS = options(max_downsample="finest"), options(max_downsample=8)
 KV_ALL_LEVELS = options(merge_queries=False, max_downsample=8)
 WHOLE_FINEST, WHOLE_ALL_LEVELS = (options(merge_block=True, max_downsample=levels) for levels in ("finest", 8))
 PER_BLOCK = options(share_match=False, max_downsample=8)
-WHOLE_GRID, SMALL_TILES = options(tile=None), options(tile=8)
+WHOLE_GRID, SMALL_TILES = options(tile=None), options(tile=16)
 RATIOS = (0.25, 0.5, 0.75)
 
 # Half of the steps unmerged, after the others or before them, and what saves as many FLOPs in all of them
@@ -62,8 +62,8 @@ SUITES: dict[str, tuple[Case, ...]] = {
 # Two cases each, of which the first minus the second is told
 QUESTIONS: tuple[tuple[str, Case, Case], ...] = (
     *(("`tome_fx` - `v0.1`", Case("tome_fx", ratio), Case("v0.1", ratio)) for ratio in RATIOS),
-    ("tiles of 16 - whole grid", Case("tome_fx", 0.5), Case("tome_fx", 0.5, WHOLE_GRID)),
-    ("tiles of 8 - whole grid", Case("tome_fx", 0.5, SMALL_TILES), Case("tome_fx", 0.5, WHOLE_GRID)),
+    ("tiles of 32 - whole grid", Case("tome_fx", 0.5), Case("tome_fx", 0.5, WHOLE_GRID)),
+    ("tiles of 16 - whole grid", Case("tome_fx", 0.5, SMALL_TILES), Case("tome_fx", 0.5, WHOLE_GRID)),
     ("one match per stack - per block", Case("tome_fx", 0.5, ALL_LEVELS), Case("tome_fx", 0.5, PER_BLOCK)),
     *(
         ("all levels - finest", Case("tome_fx", ratio, ALL_LEVELS), Case("tome_fx", ratio, FINEST))

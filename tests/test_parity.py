@@ -203,10 +203,10 @@ def test_tomesd_s_mathematics_by_its_name_is_what_tomesd_does_at_the_finest_leve
     assert relative_error(ours, theirs) <= 1e-12
 
 
-@pytest.mark.parametrize("option, default", [("tile", 16), ("prop_attn", None), ("share_match", True)])
+@pytest.mark.parametrize("option, default", [("tile", 32), ("prop_attn", None), ("share_match", True)])
 def test_none_of_tomesd_s_options_can_be_left_out(option: str, default: object) -> None:
     model, options = in_float64("sdxl"), {**tome_fx.TOMESD, "max_downsample": 4}
-    arguments = inputs(model, 40, 40)
+    arguments = inputs(model, 72, 72)
     theirs = output(tomesd.apply_patch(copy.deepcopy(model), 0.5, use_rand=False, max_downsample=4), arguments)
     same, other = (
         output(tome_fx.transform(model, 0.5, use_rand=False, **{**options, **more}), arguments)

@@ -223,7 +223,7 @@ def test_every_case_has_a_title_of_its_own_and_is_read_as_it_was_stored() -> Non
 
 def test_an_options_default_is_left_out_of_a_case() -> None:
     assert options(**DEFAULTS) == ()
-    assert options(tile=16, merge_mlp=True, prop_attn=None) == (("merge_mlp", True),)
+    assert options(tile=32, merge_mlp=True, prop_attn=None) == (("merge_mlp", True),)
     assert options(tile=None, merge_mlp=True) == options(merge_mlp=True, tile=None)
 
 

@@ -37,7 +37,7 @@ def transform(
     model: Model,
     ratio: float = 0.5,
     *,
-    tile: int | None = 16,
+    tile: int | None = 32,
     max_downsample: int | str | None = None,
     sx: int = 2,
     sy: int = 2,

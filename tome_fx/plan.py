@@ -35,7 +35,7 @@ class Plan:
     """
 
     ratio: float = 0.5
-    tile: int | None = 16
+    tile: int | None = 32
     max_downsample: int | str | None = None
     sx: int = 2
     sy: int = 2
