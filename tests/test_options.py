@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.compiling import assert_no_break_and, whole
-from support.models import gradients, inputs, one_block, output, relative_error, sdxl, transformer, two_stages
+from support.models import gradients, inputs, one_block, output, relative_error, sdxl, stacked, transformer, two_stages
 from support.options import MODES, each_option
 from support.state import untouched
 from support.wrapped import wrapped
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
 STACKS = {"max_downsample": 4}  # all of the blocks of `sdxl()`, in stacks of two and three
-SIZE = 40, 24  # of which tiles of 16 make two at the finest level of `sdxl()`
+SIZE = 40, 24
 
 
 @each_option(*MODES)
@@ -37,11 +37,11 @@ def test_a_ratio_is_one_graph_that_no_step_prompt_or_return_compiles_again(
     options: dict[str, Any], counter: Any
 ) -> None:
     ratios = (0.5, 0.25, 0)
-    models = [transform(sdxl(), ratio, **{**STACKS, **options}) for ratio in ratios]
-    arguments = inputs(sdxl(), *SIZE)
+    models = [transform(stacked(), ratio, **{**STACKS, **options}) for ratio in ratios]
+    arguments = inputs(stacked(), 24, 20)
     for seed, time in ((0, 500), (1, 20)):
         for model in models:
-            given = {**inputs(sdxl(), *SIZE, seed=seed), "timestep": torch.tensor(time)}
+            given = {**inputs(stacked(), 24, 20, seed=seed), "timestep": torch.tensor(time)}
             assert torch.equal(output(whole(model, counter), given), output(model, given))
     for ratio in ratios:
         set_ratio(models[0], ratio)

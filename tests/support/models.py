@@ -64,6 +64,13 @@ def two_stages() -> UNet2DConditionModel:
 
 
 @functools.cache
+def stacked() -> UNet2DConditionModel:
+    """`two_stages()` with two blocks in each of its transformers. For compiling whole, with whatever option."""
+    stages = ("CrossAttnDownBlock2D", "DownBlock2D")
+    return _unet(down_block_types=stages, attention_head_dim=2, transformer_layers_per_block=2)
+
+
+@functools.cache
 def one_stage() -> UNet2DConditionModel:
     """The smallest UNet that there is: three blocks at 1. For real code generation, which takes long."""
     return _unet(down_block_types=("CrossAttnDownBlock2D",), attention_head_dim=2, mid_block_type=None)

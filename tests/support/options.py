@@ -8,8 +8,8 @@ from tome_fx import TOMESD
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
-    "whole-grid": {"tile": None},
-    "small-tiles": {"tile": 6},
+    "tiles-of-4": {"tile": 4},
+    "tiles-of-6": {"tile": 6},
     "weighed": {"prop_attn": True},
     "unweighed": {"prop_attn": False},
     "each-block": {"share_match": False},
