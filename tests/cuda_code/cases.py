@@ -72,7 +72,7 @@ def cases(card: str) -> list[Case]:
         result += [
             Case("sd15", form, (128, 128)) for form in (STOCK, "default")
         ]  # more than a sort of ATen's is quick for
-        result += [Case("sd15", form, (60, 90)) for form in (STOCK, "default")]  # which no tile divides
+        result += [Case("sd15", form, (52, 76)) for form in (STOCK, "default")]  # which no tile divides
         result += [Case("sdxl", form, (64, 64)) for form in (STOCK, "default", "whole block")]
         result += [Case("tiny", form, None) for form in (STOCK, "default")]
     return result
