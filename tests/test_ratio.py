@@ -165,7 +165,10 @@ def test_a_model_that_is_not_transformed_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     "compiler, ratios, sizes",
-    [pytest.param(whole, RATIOS[:10], [(16, 16), (16, 24)], marks=pytest.mark.slow), (in_place, RATIOS[:9], [(16, 16)])],
+    [
+        pytest.param(whole, RATIOS[:10], [(16, 16), (16, 24)], marks=pytest.mark.slow),
+        (in_place, RATIOS[:9], [(16, 16)]),
+    ],
 )
 def test_any_number_of_ratios_is_compiled_once_for_each_resolution_and_not_again(
     compiler: Callable[..., Any], ratios: list[float], sizes: list[tuple[int, int]], counter: Any

@@ -1,15 +1,15 @@
-"""Merging takes no more memory than it saves: the tensors that live at once, in models of real size, without their values."""
+"""Merging takes less memory than it saves: the tensors that live at once, in models of real size, on no device."""
 
 import weakref
 from typing import Any
 
 import pytest
 import torch
-from bench import bounds, models
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench import bounds, models
 from tome_fx import transform
 
 
@@ -17,10 +17,10 @@ class Peak(TorchDispatchMode):
     """The most bytes that tensors made meanwhile have had at a time."""
 
     def __init__(self, held: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held = [tensor.untyped_storage() for tensor in held]  # of which views are not made anew
         self.alive = {id(storage): 0 for storage in self.held}
-        self.bytes = 0
+        self.bytes: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -37,7 +37,8 @@ def peak(model: nn.Module, arguments: dict[str, Any]) -> int:
     given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     with torch.no_grad(), Peak([*model.parameters(), *model.buffers(), *given]) as mode:
         model(**arguments)
-    return mode.bytes
+    most: int = mode.bytes
+    return most
 
 
 @pytest.mark.slow

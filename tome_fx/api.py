@@ -66,9 +66,9 @@ def transform(
         ratio: Share of the tokens to remove, from 0 (the original, bit for bit) to `1 - 1 / (sx * sy)`. Half is
             where images still look the same, says the paper.
         tile: Side of the squares of tokens within which tokens are matched and ranked. The work of matching then grows
-            with the tokens and not with their square, and on 32 x 32 tokens it moves an image hardly more than over
-            the whole grid, which is what None compares, as tomesd does. Larger tiles are nearer to that. At least `sx`
-            and `sy`.
+            with the tokens and not with their square. 32 is the largest side whose tokens a GPU puts in order within
+            one kernel; smaller tiles move an image further. None compares the whole grid, as tomesd does, and is the
+            same on grids of at most `tile` tokens a side. At least `sx` and `sy`.
         max_downsample: Merge at the levels whose tokens are at most this many latents wide: 1, 2, 4 or 8; "finest" is
             the finest level that has attention, 1 for Stable Diffusion 1 and 2, 2 for SDXL. None is that level and
             those where merging saves more than its launches cost on a GPU, at the size in the model's config: both
