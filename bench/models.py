@@ -65,8 +65,14 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
     "qwen": ("QwenImageTransformer2DModel", {}),
-    # The widths of the real ones with few of their blocks, for a CPU
+    # The widths of the real ones with few of their blocks, for a CPU and for what is compiled
     "pixart-shallow": ("PixArtTransformer2DModel", {"caption_channels": 4096, "num_layers": 4}),
+    "sd35-shallow": (
+        "SD3Transformer2DModel",
+        SD3
+        | {"num_layers": 3, "num_attention_heads": 24, "caption_projection_dim": 1536, "dual_attention_layers": (0,)},
+    ),
+    "qwen-shallow": ("QwenImageTransformer2DModel", {"num_layers": 2}),
     "flux-shallow": ("FluxTransformer2DModel", {"guidance_embeds": True, "num_layers": 1, "num_single_layers": 2}),
 }
 CONFIGS = {**{name: ("UNet2DConditionModel", config) for name, config in UNETS.items()}, **TRANSFORMERS}

@@ -18,6 +18,7 @@ from bench.cuda_code import MODULE, Code, worker, write
 from bench.sites import FORMS, Level, levels, transformer
 from tome_fx import transform
 
+TRANSFORMERS = ("pixart-shallow", "sd35-shallow", "flux-shallow", "qwen-shallow")
 RECORD = Path(__file__).parent / "launches.json"
 
 
@@ -28,7 +29,7 @@ class Case:
     Args:
         model: Of `bench.models.build`.
         form: Of `bench.sites.FORMS`, or stock.
-        grid: The tokens of the model's finest transformer, rows and columns; None for the whole UNet at 256 px.
+        grid: The tokens of the model's finest transformer, rows and columns; None for the whole model at 256 px.
     """
 
     model: str
@@ -55,10 +56,10 @@ def finest(model: str) -> Level:
 
 
 def whole(model: str, options: dict[str, Any] | None) -> MODULE:
-    """A whole UNet, small enough for its size not to matter, and its arguments."""
-    unet = models.build(model, "cuda")
-    inputs = models.inputs(unet, 256, 2)
-    return unet if options is None else transform(unet, **options), inputs
+    """A whole model, small enough for its size not to matter, and its arguments."""
+    built = models.build(model, "cuda")
+    inputs = models.inputs(built, 256, 2)
+    return built if options is None else transform(built, **options), inputs
 
 
 def cases(card: str) -> list[Case]:
@@ -75,6 +76,7 @@ def cases(card: str) -> list[Case]:
         result += [Case("sd15", form, (52, 76)) for form in (STOCK, "default")]  # which no tile divides
         result += [Case("sdxl", form, (64, 64)) for form in (STOCK, "default", "whole block")]
         result += [Case("tiny", form, None) for form in (STOCK, "default")]
+        result += [Case(model, form, None) for model in TRANSFORMERS for form in (STOCK, "default", "whole block")]
     return result
 
 

@@ -19,7 +19,7 @@ from bench.cards import CARDS, attention_kernel
 from bench.cases import STOCK
 from bench.code import best, counted, launches
 from bench.cuda_code import MODULE, Kernel, build, unavailable, write
-from cuda_code.cases import RECORD, Case, cards, cases, differences
+from cuda_code.cases import RECORD, TRANSFORMERS, Case, cards, cases, differences
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 
@@ -83,6 +83,21 @@ def test_tiles_that_are_counted_add_as_many_launches_as_those_that_inductor_sort
     counted, sorted_ = (recorded["sm_90"][str(Case("sd15", form, (64, 64)))] for form in ("default", "tiles of 16"))
     assert launches(counted) == launches(sorted_)
     assert counted["aten"] == sorted_["aten"]
+
+
+@pytest.mark.parametrize("model", TRANSFORMERS)
+def test_whole_blocks_of_a_transformer_are_merged_once_and_call_nothing_of_atens_for_a_block(
+    model: str, recorded: dict[str, Any]
+) -> None:
+    stock, attention, blocks = (
+        Counter(recorded["sm_90"][str(Case(model, form, None))]["aten"]) for form in (STOCK, "default", "whole block")
+    )
+    assert (blocks - stock)["_embedding_bag_forward_only"] == 1
+    assert (attention - stock)["_embedding_bag_forward_only"] == sum(
+        count for name, count in stock.items() if name == "_scaled_dot_product_cudnn_attention"
+    ) // (2 if model == "pixart-shallow" else 1)  # whose other attention is to the prompt
+    # Inductor leaves what is complex to ATen, as Qwen-Image's table of places is.
+    assert (blocks - stock).keys() <= {"_embedding_bag_forward_only", *(["index"] if model == "qwen-shallow" else [])}
 
 
 class Planted(nn.Module):
