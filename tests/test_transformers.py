@@ -391,31 +391,36 @@ def test_an_image_prompt_of_flux_that_comes_after_the_transform_is_an_error_in_w
         output(result, with_image_prompt(inputs(flux())))
 
 
-def test_a_second_picture_of_flux_is_merged_within_itself() -> None:
-    one = inputs(flux())
-    second = one["img_ids"] + torch.tensor([1.0, 0, 0])
-    arguments = {
-        **one,
-        "hidden_states": torch.cat([one["hidden_states"], one["hidden_states"].flip(1)], dim=1),
-        "img_ids": torch.cat([one["img_ids"], second]),
-    }
-    result = transformed(flux(), tile=8)
-    assert output(result, arguments).shape == (2, 128, 8)
-    count = len(arguments["img_ids"])
-    slots = tome_fx.ops.match_along(
-        arguments["hidden_states"],
-        tome_fx.ops.line_of(arguments["img_ids"], 2, 2),
-        1,
-        count,
-        kept=count // 2,
-        sx=4,
-        sy=1,
-        seed=None,
-        tile=64,
-    )
-    assert slots is not None
-    for slot in slots.slot:
-        assert not set(slot[:64].tolist()) & set(slot[64:].tolist())
+def with_second_picture(name: str) -> dict[str, Any]:
+    """Inputs of a model with a picture of as many tokens beside the one that is made, as edits have it."""
+    one, second = inputs(MODELS[name]()), inputs(MODELS[name](), seed=1)
+    tokens = torch.cat([one["hidden_states"], second["hidden_states"]], dim=1)
+    if name == "qwen":
+        return {**one, "hidden_states": tokens, "img_shapes": [[(1, 8, 8), (1, 8, 8)]] * 2}
+    beside = one["img_ids"] + torch.tensor([1.0, 0, 0])
+    return {**one, "hidden_states": tokens, "img_ids": torch.cat([one["img_ids"], beside])}
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen"])
+@scopes
+def test_a_second_picture_of_whole_tiles_is_merged_as_a_plain_patch_merges_it_by_itself(
+    scope: dict[str, Any], name: str
+) -> None:
+    model, arguments = MODELS[name](), with_second_picture(name)
+    result = output(transformed(model, tile=8, **scope), arguments)
+    expected = output(patched(model, tile=8, pictures=((8, 8), (8, 8)), **scope), arguments)
+    assert relative_error(result, expected) < 1e-6
+    assert relative_error(output(model, arguments), expected) > 1e-3
+    assert torch.equal(output(transformed(model, 0, **scope), arguments), output(model, arguments))
+
+
+@models
+@scopes
+def test_images_that_are_no_squares_are_merged_as_a_plain_patch_merges_them(scope: dict[str, Any], name: str) -> None:
+    model, arguments = MODELS[name](), inputs(MODELS[name](), SIDE, SIDE - 4)
+    result = output(transformed(model, **scope), arguments)
+    assert relative_error(result, output(patched(model, pictures=((8, 6),), **scope), arguments)) < 1e-6
+    assert relative_error(result, output(model, arguments)) > 1e-3
 
 
 @scopes
@@ -730,6 +735,21 @@ def test_a_model_can_be_exported(scope: dict[str, Any], name: str) -> None:
         program = torch.export.export(result, (), {**arguments, "return_dict": False})
         found = flattened(program.module()(**arguments, return_dict=False))
     assert relative_error(found, output(result, arguments)) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")  # torch's own
+@pytest.mark.parametrize("name", ["pixart", "flux"])
+@scopes
+def test_an_exported_model_is_packaged_ahead_of_time(scope: dict[str, Any], name: str, tmp_path: Path) -> None:
+    result, arguments = transformed(MODELS[name](), **scope), {**inputs(MODELS[name]()), "return_dict": False}
+    expected = output(result, inputs(MODELS[name]()))
+    with torch.no_grad():
+        program = torch.export.export(result, (), arguments)
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        found = torch._inductor.aoti_load_package(package)(**arguments)
+    assert relative_error(flattened(found), expected) < 1e-5
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from tome_fx.plan import Plan
 
 SIDE = 16  # latents, so 8 x 8 tokens
 TEXT = 5
+Pictures = tuple[tuple[int, int], ...]  # the heights and widths, in tokens, of those that an image's tokens are of
 
 
 def _built(make: Callable[[], Any]) -> Any:
@@ -185,11 +186,11 @@ def flattened(result: Any) -> Tensor:
     return torch.cat([part.flatten() for group in result for part in ([group] if isinstance(group, Tensor) else group)])
 
 
-def patched(model: Any, ratio: float = 0.5, **options: Any) -> Any:
+def patched(model: Any, ratio: float = 0.5, *, pictures: Pictures = ((SIDE // 2, SIDE // 2),), **options: Any) -> Any:
     """A copy of the model that merges as `transform` of the same options does, without a graph: the oracle.
 
     Each block, or each part of it, is called for one image after another, with tables that are that image's own, by a
-    `__call__` around it. The slot map is `ops.match`'s; the rest is written out. Grids are square.
+    `__call__` around it. The slot map is `ops.match`'s, of each picture by itself; the rest is written out.
     """
     result, plan = copy.deepcopy(model), Plan(ratio, **{"use_rand": False, "merge_block": True, **options})
     if not plan.matches:
@@ -199,15 +200,15 @@ def patched(model: Any, ratio: float = 0.5, **options: Any) -> Any:
     for site in sites:
         block = result.get_submodule(site.path)
         if plan.merge_block:
-            _wrap(block, plan, seen, first=site is sites[0])
+            _wrap(block, plan, seen, pictures, first=site is sites[0])
             continue
         for name in _parts(block, plan):
             _wrap_part(block, name, plan, seen)
-        _wrap_match(block, plan, seen, first=site is sites[0])
+        _wrap_match(block, plan, seen, pictures, first=site is sites[0])
     return result
 
 
-def _wrap(block: Any, plan: Plan, seen: dict[str, Any], *, first: bool) -> None:
+def _wrap(block: Any, plan: Plan, seen: dict[str, Any], pictures: Pictures, *, first: bool) -> None:
     cls = type(block)
     weighed = plan.prop_attn is not False
 
@@ -215,7 +216,7 @@ def _wrap(block: Any, plan: Plan, seen: dict[str, Any], *, first: bool) -> None:
         kwargs = {**dict(zip(_names(cls), args, strict=False)), **kwargs}
         tokens = kwargs.pop("hidden_states")
         if first or not plan.share_match:
-            seen["slots"] = _match(tokens, plan)
+            seen["slots"] = _match(tokens, plan, pictures)
         slots, places = seen["slots"]
         merged = ops.merge(tokens, slots)
         outputs = []
@@ -242,13 +243,13 @@ def _parts(block: Any, plan: Plan) -> list[str]:
     return ["attn"] if getattr(block, "attn2", None) is None else ["attn", "attn2"]
 
 
-def _wrap_match(block: Any, plan: Plan, seen: dict[str, Any], *, first: bool) -> None:
+def _wrap_match(block: Any, plan: Plan, seen: dict[str, Any], pictures: Pictures, *, first: bool) -> None:
     cls = type(block)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         seen["tokens"] = tokens = args[0] if args else kwargs["hidden_states"]
         if first or not plan.share_match:
-            seen["slots"] = _match(tokens, plan)
+            seen["slots"] = _match(tokens, plan, pictures)
         return cls.__call__(self, *args, **kwargs)
 
     block.__class__ = type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
@@ -303,19 +304,28 @@ def _names(cls: type[nn.Module]) -> list[str]:
     return list(forward.__code__.co_varnames[1 : forward.__code__.co_argcount])
 
 
-def _match(tokens: Tensor, plan: Plan) -> tuple[ops.SlotMap, Tensor]:
-    """The slot map of square images, and the destination of each slot or its only token."""
-    side = round(tokens.shape[1] ** 0.5)
-    kept = tokens.shape[1] - int(tokens.shape[1] * plan.ratio)
-    slots = ops.match(tokens, side, side, kept=kept, sx=2, sy=2, seed=plan.cell_seed, tile=plan.tile)
-    assert slots is not None
-    grid = Tiles.of(side, side, 2, 2, plan.tile, plan.cell_seed, tokens.device)
-    destinations = set(grid.token_of_place[:, : grid.destinations].flatten().tolist())
+def _match(tokens: Tensor, plan: Plan, pictures: Pictures) -> tuple[ops.SlotMap, Tensor]:
+    """The slot map of pictures that follow one another, and the destination of each slot or its only token."""
+    found, destinations, before, below = [], set(), 0, 0
+    for height, width in pictures:
+        part = tokens[:, before : before + height * width]
+        kept = part.shape[1] - int(part.shape[1] * plan.ratio)
+        slots = ops.match(part, height, width, kept=kept, sx=2, sy=2, seed=plan.cell_seed, tile=plan.tile)
+        assert slots is not None
+        found.append(slots.slot + below)
+        grid = Tiles.of(height, width, 2, 2, plan.tile, plan.cell_seed, tokens.device)
+        some = grid.token_of_place[:, : grid.destinations].flatten()
+        destinations |= {token + before for token in some.tolist() if token >= 0}
+        before, below = before + height * width, below + kept
+    slot = torch.cat(found, dim=1)
+    in_order, order = slot.sort(dim=1, stable=True)
+    first = torch.arange(len(slot))[:, None]
+    start = torch.searchsorted(in_order, torch.arange(below).expand(len(slot), -1).contiguous()) + first * before
     places = [
-        [(set(members) & destinations or set(members)).pop() for members in _members(slot, kept)]
-        for slot in slots.slot.tolist()
+        [(set(members) & destinations or set(members)).pop() for members in _members(one, below)]
+        for one in slot.tolist()
     ]
-    return slots, torch.tensor(places)
+    return ops.SlotMap(slot, (order + first * before).int(), start.int()), torch.tensor(places)
 
 
 def _members(slot: list[int], kept: int) -> list[list[int]]:
