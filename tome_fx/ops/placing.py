@@ -74,9 +74,9 @@ def match_along(
     if slots is None:
         return None
     batch, count = slots.slot.shape
-    row = count * torch.arange(batch, device=line.device)[:, None]
-    slot = torch.empty_like(slots.slot).scatter_(1, line.expand(batch, -1), slots.slot)
-    return SlotMap(slot, (line[slots.order - row] + row).int(), slots.start)
+    image = torch.arange(batch, device=line.device)[:, None]
+    slot = torch.empty_like(slots.slot).index_put_((image, line), slots.slot)
+    return SlotMap(slot, (line[slots.order - image * count] + image * count).int(), slots.start)
 
 
 def places(
