@@ -1,6 +1,6 @@
 """What is asked of quality: suites of cases, the pairs of them that are compared, and those that we advise."""
 
-from bench.cases import ROUNDED, Case, options
+from bench.cases import Case, options
 
 KV = options(merge_queries=False)
 FINEST, ALL_LEVELS = options(max_downsample="finest"), options(max_downsample=8)
@@ -30,7 +30,7 @@ BESIDE = (Case("v0.1", 0.5), Case("tomesd", 0.5), TODO)  # what they are shown b
 SUITES: dict[str, tuple[Case, ...]] = {
     "all": (
         Case(),
-        *map(Case, ROUNDED),
+        YARDSTICK,
         *(Case("v0.1", ratio) for ratio in RATIOS),
         *(Case("tome_fx", ratio) for ratio in (0.25, 0.75)),
         Case("tome_fx", 0.5, WHOLE_GRID),
@@ -50,7 +50,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
     # what may depend on the size of the grid
     "large": (
         Case(),
-        *map(Case, ROUNDED),
+        YARDSTICK,
         Case("v0.1", 0.5),
         *(Case("tome_fx", 0.5, tiles) for tiles in ((), WHOLE_GRID, SMALL_TILES)),
         Case("tome_fx", 0.5, KV),
