@@ -384,10 +384,12 @@ def test_a_cell_is_stored_and_read_with_its_options() -> None:
 
 def test_each_row_has_the_bound_of_its_own_flops(tmp_path: Path) -> None:
     names = ("sdpa", "tomesd+sdpa", "tome_fx")
-    cell = Cell("tiny", 256, guidance=False)
-    (entry,) = latency.run([Task(cell, names, 1)], tmp_path / "run.json")["cells"]
+    tiles = options(tile=8)
+    (entry,) = latency.run([Task(Cell("tiny", 256, guidance=False, options=tiles), names, 1)], tmp_path / "run.json")[
+        "cells"
+    ]
     assert entry["bounds"]["sdpa"] == 1
-    report = tome_fx.explain(variants.merged(models.build("tiny"), Case("tome_fx", 0.5)), 32, 32)
+    report = tome_fx.explain(variants.merged(models.build("tiny"), Case("tome_fx", 0.5, tiles)), 32, 32)
     assert entry["bounds"]["tome_fx"] == pytest.approx(report.bound)
     assert 1 < entry["bounds"]["tomesd+sdpa"] != entry["bounds"]["tome_fx"]
 
