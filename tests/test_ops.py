@@ -43,7 +43,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 FORBIDDEN = {
     *("nonzero", "nonzero_static", "masked_select", "masked_scatter", "unique_dim", "unique_consecutive", "_unique2"),
     *("bincount", "histc", "repeat_interleave", "_local_scalar_dense", "scatter_add", "scatter_reduce", "index_add"),
-    *("index_put", "rand", "rand_like", "randn", "randn_like", "randint", "randperm", "bernoulli", "multinomial"),
+    *("rand", "rand_like", "randn", "randn_like", "randint", "randperm", "bernoulli", "multinomial"),
 }
 
 
@@ -283,6 +283,22 @@ def test_a_device_that_counts_matches_as_one_that_sorts(tile: int | None, monkey
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("side", [32, 33, 64, 65])
+def test_a_default_tile_is_never_sorted_where_counting_is_one_kernel(side: int) -> None:
+    with Recorder() as recorder:
+        matched(torch.empty(1, side**2, 4, device="meta"), (side, side, 2, 2), 0.5, 1, 32)
+    assert "sort" not in recorder.names
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning", "ignore:torch.searchsorted:UserWarning")
+@pytest.mark.usefixtures("counts")
+def test_images_that_are_mapped_over_are_matched_as_those_of_a_batch() -> None:
+    tokens = random_tokens(13 * 17, batch=3)
+    expected = matched(tokens, (13, 17, 2, 2), 0.6, 1, 8)
+    found = torch.vmap(lambda one: matched(one[None], (13, 17, 2, 2), 0.6, 1, 8).slot[0])(tokens)
+    assert torch.equal(found, expected.slot)
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 20), st.sampled_from([torch.int16, torch.int32]), st.data())
 def test_counting_puts_in_order_as_sorting_does(
@@ -320,8 +336,9 @@ def largest(side: int, tile: int | None, device: str = "cpu") -> int:
 
 def test_the_largest_tensor_of_a_site_grows_with_its_tokens_and_of_the_whole_grid_stays_bounded() -> None:
     for device in ("cpu", "meta"):  # of which the second counts what the first sorts
-        per_token = [largest(side, 16, device) / side**2 for side in (32, 64, 128, 256)]
-        assert max(per_token) < 1.01 * min(per_token)
+        for tile in (16, 32):
+            per_token = [largest(side, tile, device) / side**2 for side in (32, 64, 128, 256)]
+            assert max(per_token) < 1.01 * min(per_token)
     assert largest(128, None) <= matching.SCORES
 
 
@@ -618,7 +635,16 @@ class Sites(nn.Module):
             *round_trip(y, (6, 8, 2, 3), 0.7, 2**32 - 1),
             *round_trip(x, (7, 9, 2, 2), 0.4, 3, 4),
             *round_trip(y, (6, 8, 2, 2), 0.4, 3, 4),
+            *along(y),
         )
+
+
+def along(tokens: Tensor) -> ops.SlotMap:
+    """Tokens of a line that runs backwards."""
+    line = torch.arange(tokens.shape[1] - 1, -1, -1)
+    slots = ops.match_along(tokens, line, 1, tokens.shape[1], kept=30, sx=4, sy=1, seed=3, tile=16)
+    assert slots is not None
+    return slots
 
 
 def site_inputs() -> tuple[Tensor, Tensor]:
@@ -673,11 +699,20 @@ def assert_static(graph: fx.Graph) -> None:
         if isinstance(node.target, torch._ops.OpOverload):
             name = node.target.overloadpacket.__name__.rstrip("_")
             assert name not in FORBIDDEN, f"{name} is in the graph"
-            if name == "index":
+            if name in ("index", "index_put"):
                 for place in node.args[1]:
-                    assert place is None or place.meta["val"].dtype == torch.int64, "indexed with a mask"
+                    assert place is None or place.meta["val"].dtype in (torch.int32, torch.int64), "indexed with a mask"
+            if name == "index_put":
+                assert not any(node.args[3:]), "index_put adds up"
 
 
+@pytest.fixture(params=[False, True], ids=["sorts", "counts"])
+def counts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that sorts, as a CPU does, and one that is made to count."""
+    monkeypatch.setattr(matching, "_is_counted", lambda values, above=0: request.param)
+
+
+@pytest.mark.usefixtures("counts")
 def test_no_shape_depends_on_data_when_traced_with_fake_tensors() -> None:
     graph = make_fx(Sites(), tracing_mode="fake")(*site_inputs()).graph
     assert_static(graph)

@@ -41,9 +41,17 @@ def peak(model: nn.Module, arguments: dict[str, Any]) -> int:
     return most
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """A flash kernel's memory: without a device torch would write all scores, beside which a match is nothing."""
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, side", bounds.IMAGES)
-def test_a_call_needs_no_more_memory_than_one_of_the_stock_model(name: str, side: int) -> None:
+def test_a_call_needs_no_more_memory_than_one_of_the_stock_model(
+    name: str, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     model = models.build(bounds.MODELS[name], "meta")
     arguments = models.inputs(model, side, 2)
     stock = peak(model, arguments)

@@ -80,9 +80,11 @@ def test_a_site_of_stable_diffusion_adds_at_most_ten_launches_however_large(
 
 
 def test_tiles_that_are_counted_add_as_many_launches_as_those_that_inductor_sorts(recorded: dict[str, Any]) -> None:
-    counted, sorted_ = (recorded["sm_90"][str(Case("sd15", form, (64, 64)))] for form in ("default", "tiles of 16"))
-    assert launches(counted) == launches(sorted_)
-    assert counted["aten"] == sorted_["aten"]
+    by_counting, by_sorting = (
+        recorded["sm_90"][str(Case("sd15", form, (64, 64)))] for form in ("default", "tiles of 16")
+    )
+    assert launches(by_counting) == launches(by_sorting)
+    assert by_counting["aten"] == by_sorting["aten"]
 
 
 @pytest.mark.parametrize("model", TRANSFORMERS)

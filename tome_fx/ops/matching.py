@@ -26,7 +26,7 @@ from tome_fx import plan
 from tome_fx.ops.tiling import Tiles
 
 SCORES = 2**26  # bytes of float32 similarities that an image may have at a time
-COUNTED = 1024  # tokens of a tile that are put in order by counting, at most: those of tiles of 32
+COUNTED = 36**2  # tokens of a tile that are put in order by counting, at most: of 32 x 32 and beyond the last cell
 SORTED = 512  # tokens of a tile that Inductor sorts in a kernel of its own, at most
 LENGTH_AT_ZERO = 2  # of a dynamic ratio: see NOTE [A ratio as graphs read it]
 
@@ -227,7 +227,8 @@ def _in_order(slot: Tensor, told: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
     # Inductor makes one kernel of the counting and of all that is put, and would fill what is scattered to in another.
     index = (image[:, None, None], tile[:, None], place)
     return tuple(
-        values.new_empty(slot.shape).index_put_(index, values.expand_as(slot)) for values in told(slot, position)
+        torch.empty_like(key, dtype=values.dtype).index_put_(index, values.expand_as(key))
+        for values in told(slot, position)
     )
 
 

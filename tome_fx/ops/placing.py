@@ -75,6 +75,7 @@ def match_along(
         return None
     batch, count = slots.slot.shape
     image = torch.arange(batch, device=line.device)[:, None]
+    # Inductor would fill what is scattered to in a kernel of its own.
     slot = torch.empty_like(slots.slot).index_put_((image, line), slots.slot)
     return SlotMap(slot, (line[slots.order - image * count] + image * count).int(), slots.start)
 
