@@ -22,6 +22,7 @@ from support.features import (
     Enable,
     assert_compiles_as_the_stock_model,
     equal,
+    expected_of,
     merged,
     own,
     skip,
@@ -30,7 +31,6 @@ from support.features import (
     supports,
 )
 from support.models import inputs, two_stages
-from support.wrapped import wrapped
 from torch import Tensor
 
 from tome_fx import TransformError, transform
@@ -56,7 +56,7 @@ def test_deep_cache_skips_the_steps_that_it_skips_in_the_stock_model() -> None:
         with torch.no_grad():  # by position, as DeepCache looks for the time there
             return [unet(arguments["sample"], time, arguments["encoder_hidden_states"]).sample for time in times]
 
-    result, stock = merged(two_stages()), wrapped(two_stages())
+    result, stock = merged(two_stages()), expected_of(two_stages())
     without = run(stock)
     with deep_cache(stock, times), deep_cache(result, times):
         ours = run(result)
@@ -104,7 +104,7 @@ def test_a_cache_of_merged_attention_is_refused_by_name_as_each_step_merges_othe
 
 @pytest.mark.parametrize("enable", [pytest.param(CROSS, id="broadcast", marks=BROADCAST), *SKIPS])
 def test_what_keeps_or_skips_whole_tokens_does_so_as_in_the_stock_model(enable: Enable) -> None:
-    result, stock = merged(two_stages()), wrapped(two_stages())
+    result, stock = merged(two_stages()), expected_of(two_stages())
     enable(result)
     enable(stock)
     ours = steps(result)

@@ -318,7 +318,7 @@ def test_stock_in_half_precision_has_weights_of_its_own_and_is_near() -> None:
 
 def test_flops_of_ours_are_those_that_explain_tells() -> None:
     unet = models.build("tiny")
-    for case in (Case("tome_fx", 0.5), Case("tome_fx", 0.25, options(tile=None, max_downsample=8))):
+    for case in (Case("tome_fx", 0.5, options(tile=8)), Case("tome_fx", 0.25, options(tile=None, max_downsample=8))):
         report = tome_fx.explain(variants.merged(unet, case), 32, 32)
         assert flops.counted(case, skeleton(unet), side=32) == report.flops_after
     assert flops.counted(Case(), skeleton(unet), side=32) == report.flops_before
@@ -396,7 +396,7 @@ def test_each_row_has_the_bound_of_its_own_flops(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_breakdown_times_the_whole_grid_beside_tiles(tmp_path: Path) -> None:
-    task = Task(Cell("tiny", 256, guidance=False), ("sdpa",), 1)
+    task = Task(Cell("tiny", 320, guidance=False), ("sdpa",), 1)
     (entry,) = latency.run([task], tmp_path / "run.json", breakdown=True)["cells"]
     lines = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in tables.breakdown(entry["breakdown"]).split("\n")

@@ -40,13 +40,13 @@ pytestmark = [
     # torch's own, on the first import of its compiler in a process
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
-BLOCKS = {"merge_block": True}
+BLOCKS: dict[str, Any] = {"merge_block": True, "tile": 16}  # of which SIZE holds several
 SIZE = 24, 20
 
 
 def of_blocks(model: Any, ratio: float = 0.5, **options: Any) -> Any:
     """A transformed model whose destinations are those of `wrapped`."""
-    return transform(model, ratio, use_rand=False, **BLOCKS, **options)
+    return transform(model, ratio, use_rand=False, **{**BLOCKS, **options})
 
 
 def test_every_part_of_a_block_sees_merged_tokens_and_the_transformer_around_it_all_of_them() -> None:
@@ -66,7 +66,7 @@ def test_every_part_of_a_block_sees_merged_tokens_and_the_transformer_around_it_
 def test_a_controlnet_and_its_unet_run_together() -> None:
     arguments, condition = inputs(sd15(), *SIZE), inputs(controlnet(), *SIZE, seed=1)
     results = []
-    changes: tuple[Callable[[Any], Any], ...] = (of_blocks, lambda model: wrapped(model, merge_block=True))
+    changes: tuple[Callable[[Any], Any], ...] = (of_blocks, lambda model: wrapped(model, **BLOCKS))
     for change in changes:
         guide, unet = change(controlnet()), change(sd15())
         with torch.no_grad():
@@ -118,7 +118,7 @@ def test_checkpointing_changes_no_gradient_and_is_given_the_block_itself(
     ids=["block", "attention", "ff", "scores"],
 )
 def test_layers_are_skipped_as_in_the_stock_model(where: str, options: dict[str, bool]) -> None:
-    result, stock = of_blocks(own()), wrapped(two_stages(), merge_block=True)
+    result, stock = of_blocks(own()), wrapped(two_stages(), **BLOCKS)
     without = steps(of_blocks(two_stages()), 2)
     for model in (result, stock):
         skip(model, where, **options)

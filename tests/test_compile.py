@@ -86,8 +86,8 @@ def test_steps_prompts_and_seeds_compile_nothing_new(counter: Any) -> None:
 def test_a_ratio_is_compiled_once_and_coming_back_to_it_or_transforming_anew_compiles_nothing(counter: Any) -> None:
     arguments = inputs(one_stage())
     ratios = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-    models = [transform(one_stage(), ratio=ratio) for ratio in ratios]
-    anew = [transform(one_stage(), ratio=ratio) for ratio in ratios]
+    models = [transform(one_stage(), ratio=ratio, tile=16) for ratio in ratios]
+    anew = [transform(one_stage(), ratio=ratio, tile=16) for ratio in ratios]
     for visit in (models, models, anew):
         for model in visit:
             compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -109,7 +109,7 @@ def test_a_shape_is_compiled_once(counter: Any) -> None:
 @pytest.mark.parametrize("build", [one_block, pytest.param(one_stage, marks=pytest.mark.slow)])
 def test_dynamic_shapes_take_no_more_compiles_than_the_stock_model(build: Callable[[], Any]) -> None:
     taken = {}
-    for name, model in (("stock", build()), ("ours", transform(build(), ratio=0.5))):
+    for name, model in (("stock", build()), ("ours", transform(build(), ratio=0.5, tile=16))):
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("eager")
         compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)

@@ -37,7 +37,6 @@ from support.features import (
     supports,
 )
 from support.models import blocks, inputs, output, relative_error, two_stages
-from support.wrapped import wrapped
 from torch import nn
 
 from tome_fx import TransformError, set_ratio, transform
@@ -128,7 +127,7 @@ def test_a_model_whose_hooks_were_removed_again_is_transformed_as_any(enable: En
     enable(model)
     disable(model)
     assert equal(steps(model), steps(two_stages()))
-    assert equal(steps(merged(model)), steps(wrapped(two_stages())))
+    assert equal(steps(merged(model)), steps(expected_of(two_stages())))
 
 
 @pytest.mark.parametrize("enable", HOOKS)
@@ -166,7 +165,7 @@ def test_a_setting_of_the_model_acts_alike_before_and_after_the_transform(change
     stock = own()
     change(stock)
     arguments = inputs(two_stages())
-    assert torch.equal(output(result, arguments), output(wrapped(stock), arguments))
+    assert torch.equal(output(result, arguments), output(expected_of(stock), arguments))
     assert relative_error(output(result, arguments), output(stock, arguments)) > 1e-3
 
     def settings(model: Any) -> list[Any]:
@@ -225,7 +224,7 @@ def test_quantized_weights_give_what_they_give_in_the_stock_model(quantize: Enab
         assert torch.equal(output(model, arguments), output(two_stages(), arguments))
     for ratio in (0.5, 0.25):
         set_ratio(result, ratio)
-        assert torch.equal(output(result, arguments), output(wrapped(stock, ratio), arguments))
+        assert torch.equal(output(result, arguments), output(expected_of(stock, ratio), arguments))
     assert 1e-4 < relative_error(output(stock, arguments), output(two_stages(), arguments)) < 0.1
 
 
@@ -246,7 +245,7 @@ def test_a_deep_copy_merges_too_and_has_a_ratio_of_its_own(enable: Enable | None
         enable(result)
     twin = copy.deepcopy(result)
     arguments = inputs(two_stages())
-    half, quarter = (output(wrapped(two_stages(), ratio), arguments) for ratio in (0.5, 0.25))
+    half, quarter = (output(expected_of(two_stages(), ratio), arguments) for ratio in (0.5, 0.25))
     for changed, left in ((twin, result), (result, twin)):
         assert torch.equal(output(changed, arguments), half)
         set_ratio(changed, 0.25)

@@ -10,9 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import DDIMScheduler
-from support.features import CONDITION, WORKS, Enable, merged, own, supports
+from support.features import CONDITION, WORKS, Enable, expected_of, merged, own, supports
 from support.models import blocks, gradients, inputs, mask, output, relative_error, transformers, two_stages
-from support.wrapped import wrapped
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -74,7 +73,7 @@ def test_a_model_sharded_after_the_transform_merges_and_its_ratio_cannot_be_set(
     arguments = inputs(two_stages())
     result = merged(own())
     sharded(result)
-    expected = output(wrapped(two_stages()), arguments)
+    expected = output(expected_of(two_stages()), arguments)
     assert torch.equal(output(result, arguments), expected)
     with pytest.raises(TransformError, match="as fully_shard does"):
         set_ratio(result, 0.25)

@@ -42,14 +42,14 @@ def test_a_dynamic_ratio_that_is_set_in_the_middle_of_inference_costs_no_compile
     "build", [one_block, *(pytest.param(build, marks=pytest.mark.slow) for build in (two_stages, sdxl))]
 )
 def test_one_graph_serves_every_ratio(build: Callable[[], Any], counter: Any) -> None:
-    model = transform(build(), ratio=0.5, dynamic_ratio=True)
+    model = transform(build(), ratio=0.5, dynamic_ratio=True, tile=16)
     compiled = whole(model, counter)
     arguments = inputs(model)
     for ratio in (0.5, 0.25, 0.123, 0.001, 0, 0.75, *RATIOS):
         set_ratio(compiled, ratio)
         result = output(compiled, arguments)
         assert relative_error(result, output(model, arguments)) < 1e-5
-        assert relative_error(result, output(transform(build(), ratio), arguments)) < 1e-5
+        assert relative_error(result, output(transform(build(), ratio, tile=16), arguments)) < 1e-5
     assert counter.frame_count == 1
     assert not counters["graph_break"]
 
@@ -57,7 +57,10 @@ def test_one_graph_serves_every_ratio(build: Callable[[], Any], counter: Any) ->
 @pytest.mark.slow
 def test_dynamic_sizes_and_a_dynamic_ratio_take_the_compiles_of_the_stock_model() -> None:
     taken = {}
-    for name, model in (("stock", one_block()), ("ours", transform(one_block(), ratio=0.5, dynamic_ratio=True))):
+    for name, model in (
+        ("stock", one_block()),
+        ("ours", transform(one_block(), ratio=0.5, dynamic_ratio=True, tile=16)),
+    ):
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("eager")
         compiled = whole(model, counter, dynamic=True)

@@ -35,7 +35,7 @@ MODELS = {"sd15": sd15, "sdxl": sdxl, "controlnet": controlnet}
 @pytest.mark.parametrize("name", MODELS)
 def test_what_the_sites_save_is_what_the_model_saves(name: str) -> None:
     scopes = {"merge_crossattn": True, "merge_mlp": True}
-    report = tome_fx.explain(tome_fx.transform(MODELS[name](), max_downsample=8, **scopes), 32, 24)
+    report = tome_fx.explain(tome_fx.transform(MODELS[name](), max_downsample=8, tile=16, **scopes), 32, 24)
     saved = sum(row.flops_before - row.flops_after for row in report.rows)
     assert saved == report.flops_before - report.flops_after > 0
     assert report.bound == report.flops_before / report.flops_after > 1
@@ -43,7 +43,7 @@ def test_what_the_sites_save_is_what_the_model_saves(name: str) -> None:
 
 def test_the_totals_are_what_a_real_run_counts() -> None:
     unet = sd15()
-    model = tome_fx.transform(unet, max_downsample=2)
+    model = tome_fx.transform(unet, max_downsample=2, tile=16)
     report = tome_fx.explain(model, 32, 32)
     given = inputs(unet, 32, 32, batch=1, text_tokens=77)
     for counted, module in ((report.flops_before, copy.deepcopy(unet)), (report.flops_after, model)):

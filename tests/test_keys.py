@@ -29,7 +29,7 @@ KEYS = {"merge_queries": False}
 
 def of_keys(model: Any, ratio: float = 0.5, **options: Any) -> Any:
     """A transformed model whose destinations are those of `wrapped`."""
-    return transform(copy.deepcopy(model), ratio, use_rand=False, **KEYS, **options)
+    return transform(copy.deepcopy(model), ratio, use_rand=False, tile=16, **KEYS, **options)
 
 
 def test_every_token_has_its_own_query_and_nothing_is_unmerged() -> None:
@@ -74,7 +74,7 @@ def test_a_processor_that_attends_to_what_it_is_given_works(prop_attn: bool | No
     for model in (stock, result):
         model.set_attn_processor(Reading())
     ours = output(result, arguments)
-    assert torch.equal(ours, output(wrapped(stock, prop_attn=prop_attn, **KEYS), arguments))
+    assert torch.equal(ours, output(wrapped(stock, prop_attn=prop_attn, tile=16, **KEYS), arguments))
     assert relative_error(ours, output(of_keys(two_stages(), prop_attn=prop_attn), arguments)) > 1e-4
 
 

@@ -28,7 +28,8 @@ pytestmark = [
     # torch's own, on the first import of its compiler in a process
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
-STACKS = {"max_downsample": 4}  # all of the blocks of `sdxl()`, in stacks of two and three
+TILES = {"tile": 16}  # several of them, as the sizes of users hold of the default
+STACKS = {"max_downsample": 4, **TILES}  # all of the blocks of `sdxl()`, in stacks of two and three
 SIZE = 40, 24
 
 
@@ -51,13 +52,13 @@ def test_a_ratio_is_one_graph_that_no_step_prompt_or_return_compiles_again(
 
 @each_option(*MODES)
 def test_a_dynamic_ratio_is_one_graph_for_all(options: dict[str, Any], counter: Any) -> None:
-    model = transform(one_block(), 0.5, dynamic_ratio=True, **options)
+    model = transform(one_block(), 0.5, dynamic_ratio=True, **{**TILES, **options})
     compiled, arguments = whole(model, counter), inputs(one_block(), 24, 20)
     for ratio in (0.5, 0.25, 0, 0.75):
         set_ratio(compiled, ratio)
         result = output(compiled, arguments)
         assert relative_error(result, output(model, arguments)) < 1e-5
-        assert relative_error(result, output(transform(one_block(), ratio, **options), arguments)) < 1e-5
+        assert relative_error(result, output(transform(one_block(), ratio, **{**TILES, **options}), arguments)) < 1e-5
     assert_no_break_and(counter, 1)
 
 
@@ -82,7 +83,7 @@ def of_sizes(model: Any) -> int:
 
 @each_option()
 def test_dynamic_sizes_and_ratios_take_the_compiles_of_the_stock_model(options: dict[str, Any]) -> None:
-    taken = of_sizes(transform(one_block(), 0.5, dynamic_ratio=True, **options))
+    taken = of_sizes(transform(one_block(), 0.5, dynamic_ratio=True, **{**TILES, **options}))
     assert taken == of_stock(of_sizes, one_block) == 2  # one for squares, one for the rest
 
 
@@ -123,8 +124,8 @@ def test_two_runs_agree_bit_for_bit_and_ratio_0_with_the_original(options: dict[
 def test_gradients_are_those_of_wrapped_children_compiled_or_not(options: dict[str, Any]) -> None:
     model = copy.deepcopy(two_stages()).train()
     arguments = inputs(model, 24, 20)
-    expected = gradients(wrapped(model, **options), arguments)
-    result = transform(model, use_rand=False, **options)
+    expected = gradients(wrapped(model, **{**TILES, **options}), arguments)
+    result = transform(model, use_rand=False, **{**TILES, **options})
     for ours in (gradients(result, arguments), gradients(whole(result, "aot_eager"), arguments)):
         found = {name.removeprefix("_orig_mod."): gradient for name, gradient in ours.items()}
         assert found.keys() == expected.keys()
@@ -143,7 +144,7 @@ def test_inductor_gives_what_eager_gives(options: dict[str, Any]) -> None:
 @each_option()
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_model_gives_what_eager_gives(options: dict[str, Any], strict: bool) -> None:
-    model, arguments = transform(two_stages(), **options), inputs(two_stages(), 24, 20)
+    model, arguments = transform(two_stages(), **{**TILES, **options}), inputs(two_stages(), 24, 20)
     with torch.no_grad():
         program = torch.export.export(model, (), {**arguments, "return_dict": False}, strict=strict).module()
         assert torch.equal(program(**arguments, return_dict=False)[0], output(model, arguments))

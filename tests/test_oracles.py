@@ -103,7 +103,7 @@ def each(slow: Callable[[str, str], bool], names: dict[str, Any]) -> list[Any]:
 
 @pytest.mark.parametrize("build, name", each(lambda model, name: model not in FAST and name != "default", OPTIONS))
 def test_options_act_as_in_the_stock_model_with_wrapped_children(build: Build, name: str) -> None:
-    model, options = build(), {"use_rand": False, **OPTIONS[name]}
+    model, options = build(), {"use_rand": False, "tile": 16, **OPTIONS[name]}
     arguments = inputs(model, *SIZE)
     ours = output(transform(model, **options), arguments)
     assert torch.equal(ours, output(wrapped(model, **options), arguments))

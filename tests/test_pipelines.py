@@ -19,9 +19,8 @@ import torch
 from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
 from diffusers.models.controlnets import MultiControlNetModel
 from support import models
-from support.features import CONDITION, REFUSED, WORKS, merged
+from support.features import CONDITION, REFUSED, WORKS, expected_of, merged
 from support.models import blocks, relative_error, transformers
-from support.wrapped import wrapped
 from torch import Tensor, nn
 
 from tome_fx import RatioSchedule, TransformError, transform
@@ -191,7 +190,7 @@ def cases(*names: str, fast: tuple[str, ...] = ()) -> list[Any]:
 def test_a_pipeline_makes_what_wrapped_children_make_and_at_a_ratio_of_0_what_it_made_before(case: Case) -> None:
     stock, ours = case.run(case.pipeline()), case.run(case.pipeline(merged))
     assert torch.equal(case.run(case.pipeline(lambda model: transform(model, 0))), stock)
-    assert torch.equal(ours, case.run(case.pipeline(wrapped)))
+    assert torch.equal(ours, case.run(case.pipeline(expected_of)))
     assert relative_error(ours, stock) > 1e-3
     assert torch.equal(case.run(case.pipeline()), stock)
 
@@ -268,7 +267,7 @@ def test_pipelines_of_most_kinds_have_the_callback() -> None:
 @pytest.mark.parametrize("name", ["image", "controlled"])
 def test_another_pipeline_of_the_same_components_merges_too(name: str) -> None:
     pipe, case = CASES["text"].pipeline(merged), CASES[name]
-    expected, parts = case.run(case.pipeline(wrapped)), {part: build() for part, build in case.parts.items()}
+    expected, parts = case.run(case.pipeline(expected_of)), {part: build() for part, build in case.parts.items()}
     components = case.cls(**pipe.components, **parts, requires_safety_checker=False)
     for other in (components, case.cls.from_pipe(pipe, **parts)):
         assert other.unet is pipe.unet
@@ -307,7 +306,7 @@ def test_a_saved_pipeline_is_the_plain_one_and_merges_again_when_transformed(nam
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_a_pipeline_in_another_dtype_merges_in_it(first: bool, dtype: torch.dtype, case: Case) -> None:
-    changes = (copy.deepcopy, wrapped, copy.deepcopy if first else merged)
+    changes = (copy.deepcopy, expected_of, copy.deepcopy if first else merged)
     stock, wrapper, pipe = (copy.deepcopy(case.pipeline(change)).to("cpu", dtype) for change in changes)
     if first:
         case.install(pipe, merged)
@@ -323,7 +322,7 @@ def test_a_pipeline_in_another_dtype_merges_in_it(first: bool, dtype: torch.dtyp
 @pytest.mark.parametrize("case", [CASES["text"], CASES["sdxl"]], ids=["text", "sdxl"])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_a_pipeline_on_another_device_merges_there(first: bool, case: Case) -> None:
-    changes = (copy.deepcopy, wrapped, copy.deepcopy if first else merged)
+    changes = (copy.deepcopy, expected_of, copy.deepcopy if first else merged)
     stock, wrapper, pipe = (copy.deepcopy(case.pipeline(change)).to("cuda") for change in changes)
     if first:
         case.install(pipe, merged)

@@ -402,13 +402,14 @@ def with_second_picture(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen"])
+@pytest.mark.parametrize("tile", [4, 8])
 @scopes
 def test_a_second_picture_of_whole_tiles_is_merged_as_a_plain_patch_merges_it_by_itself(
-    scope: dict[str, Any], name: str
+    scope: dict[str, Any], tile: int, name: str
 ) -> None:
     model, arguments = MODELS[name](), with_second_picture(name)
-    result = output(transformed(model, tile=8, **scope), arguments)
-    expected = output(patched(model, tile=8, pictures=((8, 8), (8, 8)), **scope), arguments)
+    result = output(transformed(model, tile=tile, **scope), arguments)
+    expected = output(patched(model, tile=tile, pictures=((8, 8), (8, 8)), **scope), arguments)
     assert relative_error(result, expected) < 1e-6
     assert relative_error(output(model, arguments), expected) > 1e-3
     assert torch.equal(output(transformed(model, 0, **scope), arguments), output(model, arguments))

@@ -14,6 +14,7 @@ from support.wrapped import wrapped
 from tome_fx import transform
 
 CPU = torch.device("cpu")
+TILE = 16  # of which the models' finest grids hold several
 FIRST, MIDDLE = (f"{stage}.attentions.0.transformer_blocks" for stage in ("down_blocks.0", "mid_block"))
 DEVICES, ACCELERATORS = "Memory and devices", "Other accelerators"
 WORKS, CONDITION, REFUSED = "works", "works with a condition", "refused"
@@ -23,7 +24,7 @@ Enable = Callable[[Any], Any]
 
 def merged(model: Any, ratio: float = 0.5) -> Any:
     """A transformed model whose destinations are those of `wrapped`."""
-    return transform(model, ratio, use_rand=False)
+    return transform(model, ratio, use_rand=False, tile=TILE)
 
 
 def own() -> Any:
@@ -33,7 +34,7 @@ def own() -> Any:
 
 def expected_of(model: Any, ratio: float = 0.5) -> Any:
     """The model with wrapped children, or the model itself where nothing is to merge."""
-    return wrapped(model, ratio) if ratio else model
+    return wrapped(model, ratio, tile=TILE) if ratio else model
 
 
 def steps(model: Any, count: int = 4) -> list[Tensor]:
