@@ -20,7 +20,7 @@ class Peak(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.held = [tensor.untyped_storage() for tensor in held]  # of which views are not made anew
         self.alive = {id(storage): 0 for storage in self.held}
-        self.bytes: int = 0
+        self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -35,10 +35,10 @@ class Peak(TorchDispatchMode):
 def peak(model: nn.Module, arguments: dict[str, Any]) -> int:
     """Bytes of a call, besides the model's and those that it is given."""
     given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    with torch.no_grad(), Peak([*model.parameters(), *model.buffers(), *given]) as mode:
+    mode = Peak([*model.parameters(), *model.buffers(), *given])
+    with torch.no_grad(), mode:
         model(**arguments)
-    most: int = mode.bytes
-    return most
+    return mode.bytes
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
