@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from diffusers import (
+    CogView4Transformer2DModel,
     FluxControlNetModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3ControlNetModel,
     SD3Transformer2DModel,
+    WanTransformer3DModel,
 )
 from torch import Tensor, nn
 
@@ -27,6 +29,7 @@ from tome_fx.plan import Plan
 
 SIDE = 16  # latents, so 8 x 8 tokens
 TEXT = 5
+FRAMES = 3  # of a video
 Pictures = tuple[tuple[int, int], ...]  # the heights and widths, in tokens, of those that an image's tokens are of
 
 
@@ -134,6 +137,44 @@ def qwen() -> QwenImageTransformer2DModel:
     )
 
 
+@functools.cache
+def cogview4() -> CogView4Transformer2DModel:
+    """CogView 4 in small."""
+    return _built(
+        lambda: CogView4Transformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            text_embed_dim=12,
+            time_embed_dim=16,
+            condition_dim=4,
+            sample_size=SIDE,
+            rope_axes_dim=(16, 16),
+        )
+    )
+
+
+WAN_CONFIG: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 12,
+    "num_attention_heads": 2,
+    "text_dim": 12,
+    "freq_dim": 16,
+    "ffn_dim": 48,
+    "rope_max_seq_len": 32,
+}
+
+
+@functools.cache
+def wan() -> WanTransformer3DModel:
+    """Wan in small."""
+    return _built(lambda: WanTransformer3DModel(**WAN_CONFIG))
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "pixart": pixart,
     "sd3": sd3,
@@ -142,14 +183,22 @@ MODELS: dict[str, Callable[[], Any]] = {
     "flux": flux,
     "flux_controlnet": flux_controlnet,
     "qwen": qwen,
+    "cogview4": cogview4,
+    "wan": wan,
 }
+
+
+def frames_of(model: Any) -> int:
+    """Frames of what the model is given here."""
+    return FRAMES if "3DModel" in type(model).__name__ else 1
 
 
 def inputs(model: Any, height: int = SIDE, width: int = SIDE, *, batch: int = 2, seed: int = 0) -> dict[str, Any]:
     """Arguments for a forward of the model, in its dtype: the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        found = family_of(model).example_inputs(model, height, width, batch=batch, text_tokens=TEXT)  # type: ignore[call-arg]
+        options = {"text_tokens": TEXT, "frames": frames_of(model)}
+        found = family_of(model).example_inputs(model, height, width, batch=batch, **options)  # type: ignore[arg-type]
     return {name: _cast(value, model.dtype) for name, value in found.items()}
 
 
@@ -190,8 +239,10 @@ def patched(model: Any, ratio: float = 0.5, *, pictures: Pictures = ((SIDE // 2,
     """A copy of the model that merges as `transform` of the same options does, without a graph: the oracle.
 
     Each block, or each part of it, is called for one image after another, with tables that are that image's own, by a
-    `__call__` around it. The slot map is `ops.match`'s, of each picture by itself; the rest is written out.
+    `__call__` around it. The slot map is `ops.match`'s, of each picture by itself, which are the same in every frame of a
+    video; the rest is written out.
     """
+    pictures *= frames_of(model)
     result, plan = copy.deepcopy(model), Plan(ratio, **{"use_rand": False, "merge_block": True, **options})
     if not plan.matches:
         return result
@@ -228,9 +279,12 @@ def _wrap(block: Any, plan: Plan, seen: dict[str, Any], pictures: Pictures, *, f
             outputs.append(cls.__call__(self, merged[b : b + 1], **own))
         if isinstance(outputs[0], Tensor):
             return ops.changed(tokens, merged, torch.cat(outputs), slots)
-        texts, images = zip(*outputs, strict=True)
-        text = None if texts[0] is None else torch.cat(texts)
-        return text, ops.changed(tokens, merged, torch.cat(images), slots)
+        both = []
+        for parts in zip(*outputs, strict=True):  # of image and text, in either order
+            part = None if parts[0] is None else torch.cat(parts)
+            of_image = part is not None and part.shape[1] == merged.shape[1]
+            both.append(ops.changed(tokens, merged, part, slots) if of_image else part)
+        return tuple(both)
 
     block.__class__ = type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
 
@@ -240,6 +294,8 @@ def _parts(block: Any, plan: Plan) -> list[str]:
     if type(block).__name__ == "BasicTransformerBlock":
         parts = {"attn1": plan.merge_attn, "attn2": plan.merge_crossattn, "ff": plan.merge_mlp}
         return [name for name, wanted in parts.items() if wanted]
+    if type(block).__name__ in ("CogView4TransformerBlock", "WanTransformerBlock"):
+        return ["attn1"]
     return ["attn"] if getattr(block, "attn2", None) is None else ["attn", "attn2"]
 
 
@@ -261,7 +317,8 @@ def _wrap_part(block: Any, name: str, plan: Plan, seen: dict[str, Any]) -> None:
     cls = type(module)
     weighed = plan.prop_attn is not False and name in ("attn", "attn1")
 
-    def __call__(self: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+    def __call__(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {**dict(zip(_names(cls)[1:], args, strict=False)), **kwargs}
         (slots, places), tokens = seen["slots"], seen["tokens"]
         text = hidden_states.shape[1] - tokens.shape[1]
         merged = ops.merge(hidden_states[:, text:], slots)
@@ -334,13 +391,8 @@ def _members(slot: list[int], kept: int) -> list[list[int]]:
 
 def _of_image(name: str, value: Any, image: int, places: Tensor, tokens: Tensor) -> Any:
     """What one image's block call is given for an argument of all images'."""
-    if name == "image_rotary_emb":
-        first, second = value
-        text = len(first) - tokens.shape[1]
-        if text:  # one table each of cosines and sines, text first
-            rows = torch.cat([torch.arange(text), places + text])
-            return first[rows], second[rows]
-        return first[places], second
+    if name in ROWS:
+        return _rows(value, image, places, tokens.shape[1])
     if isinstance(value, dict):
         return {key: _of_image(key, item, image, places, tokens) for key, item in value.items()}
     if isinstance(value, list):
@@ -348,6 +400,24 @@ def _of_image(name: str, value: Any, image: int, places: Tensor, tokens: Tensor)
     if isinstance(value, Tensor) and len(value) == len(tokens):
         return value[image : image + 1]
     return value
+
+
+ROWS = ("image_rotary_emb", "rotary_emb", "temb")
+
+
+def _rows(table: Any, image: int, places: Tensor, count: int) -> Any:
+    """The rows of an image's merged tokens in a table of all `count` tokens and of text before them, if it has such.
+
+    A table is `[S, ...]` for all images, or `[1, S, ...]`, or `[B, S, ...]`; what has fewer rows is of the text.
+    """
+    if not isinstance(table, Tensor):
+        return None if table is None else tuple([_rows(part, image, places, count) for part in table])
+    if table.ndim > 1 and len(table) < count <= table.shape[1]:
+        return _rows(table[min(image, len(table) - 1)], image, places, count)[None]
+    if len(table) < count:
+        return table[image : image + 1] if len(table) == 2 else table
+    text = len(table) - count
+    return table[torch.cat([torch.arange(text), places + text])]
 
 
 def _weights(cls: type[nn.Module], block: Any, sizes: Tensor, given: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ and weights, comes through its block from the model, where it is made for merged
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -64,4 +64,6 @@ BLOCKS = {
         (ATTENTION,), {**BOTH, "image_rotary_emb": "opaque"}, text="encoder_hidden_states"
     ),
     "QwenImageTransformerBlock": Block((JOINT,), {**BOTH, "image_rotary_emb": "opaque"}),
+    "CogView4TransformerBlock": Block((replace(JOINT, module="attn1"),), {**BOTH, "image_rotary_emb": "opaque"}),
+    "WanTransformerBlock": Block((replace(ATTENTION, module="attn1"),), {**BOTH, "temb": "3d", "rotary_emb": "opaque"}),
 }

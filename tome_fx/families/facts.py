@@ -3,7 +3,7 @@
 By name, since diffusers loads a model's file when it is asked for the model, and nobody should have to load them all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from tome_fx.families import grids, rotary, transformer_inputs
 from tome_fx.graph.scopes import Adapted
+from tome_fx.graph.structure import Returns
+from tome_fx.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,13 @@ class Facts:
         inputs: What makes inputs for it; see transformer_inputs.py.
         blocks: Names of its lists of blocks, in the order in which they run.
         image: Name of the input that shows where tokens lie.
-        grid: What makes height and width of it.
+        grid: What makes height and width of it, of a video the number of frames before them.
         line: What makes a line of it, where it is no image; see `Stack`.
         result: Place of the image's tokens in what a block returns; None where it returns them alone.
         attention: Names of the attention modules in a block, the one whose keys are image tokens first.
         processor: What attention has that does not know its own, after `diffusers.models`.
-        adapted: Arguments of a block with a row for each token.
+        adapted: Arguments of a block with a row for each token, which it hands on to attention.
+        own: Arguments of a block with a row for each token that it takes for itself: others where it is merged whole.
         weights: Name of the argument of a block that takes weights as a mask, where there is one.
         weigh: Another argument that carries weights: what makes it where they are asked for, and where they are taken
             if they can be.
@@ -37,6 +40,8 @@ class Facts:
         packed: Latents per token along a side, where tokens are what is put in; None for the config's `patch_size`.
         calls: Functions that the model's graph calls instead of entering them.
         reads: Attributes that the model reads of its blocks.
+        returns: Modules of the model with what tells the kinds of what they return, where it branches on these.
+        frames: Latent frames of a video, as pipelines make by default; 0 of a model of images.
         cannot: Settings of the config with which a model cannot have merged tokens, each with the reason.
     """
 
@@ -49,6 +54,7 @@ class Facts:
     attention: tuple[str, ...] = ("attn",)
     processor: str = "attention_processor.AttnProcessor2_0"
     adapted: tuple[Adapted, ...] = ()
+    own: tuple[Adapted, ...] = ()
     weights: str | None = None
     weigh: tuple[Adapted, Adapted] | None = None
     unweighed: str = ""
@@ -57,23 +63,38 @@ class Facts:
     packed: int | None = None
     calls: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    returns: tuple[tuple[str, Returns], ...] = ()
+    frames: int = 0
     cannot: tuple[tuple[str, str], ...] = ()
 
     def downsample(self, model: nn.Module) -> int:
         """Latents per token along a side."""
+        return self.patch(model)[-1]
+
+    def patch(self, model: nn.Module) -> tuple[int, ...]:
+        """Latents per token along a side, and of a video frames per token before them."""
         config: Any = model.config
-        return config.patch_size if self.packed is None else self.packed
+        size = config.patch_size if self.packed is None else self.packed
+        sides = (config.get("patch_size_t") or 1, size) if isinstance(size, int) else (size[0], size[-1])
+        return sides if self.frames else sides[1:]
 
     def result_of(self, model: nn.Module) -> int | None:
         """Place of the image's tokens in what a block returns: blocks without text return them alone."""
         return None if getattr(model, "context_embedder", ...) is None else self.result
 
-    def adapted_for(self, prop_attn: bool | None) -> tuple[Adapted, ...]:
+    def adapted_for(self, plan: Plan) -> tuple[Adapted, ...]:
         """Arguments that are others for merged tokens, weights among them if they are wanted."""
-        if self.weigh is None or prop_attn is False:
-            return self.adapted
+        adapted = (*self.adapted, *self.own) if plan.merge_block else self.adapted
+        if self.weigh is None or plan.prop_attn is False:
+            return adapted
         always, where_taken = self.weigh
-        return (*self.adapted, always if prop_attn else where_taken)
+        return (*adapted, always if plan.prop_attn else where_taken)
+
+
+def of_condition_of_wan(timestep: Any, text: Any, image: Any, timestep_seq_len: Any = None) -> tuple[Hashable, ...]:
+    """Kinds of what Wan makes of its conditions: two of the time step, for each token or for all, text, an image."""
+    time = "2d" if timestep_seq_len is None else "3d"
+    return time, time, "3d", None if image is None else "3d"
 
 
 SD3 = Facts(
@@ -131,6 +152,31 @@ FACTS: dict[str, Facts] = {
         packed=transformer_inputs.PACKED,
         calls=("compute_text_seq_len_from_mask",),
         cannot=(("zero_cond_t", "its forward goes through the sizes of pictures one by one, which no graph can"),),
+    ),
+    "CogView4Transformer2DModel": Facts(
+        transformer_inputs.of_cogview4,
+        blocks=("transformer_blocks",),
+        image="hidden_states",
+        grid=grids.grid_of_patches,
+        result=0,
+        attention=("attn1",),
+        processor="transformers.transformer_cogview4.CogView4AttnProcessor",
+        adapted=(Adapted("image_rotary_emb", rotary.of_image),),
+        unweighed="takes no mask but that of the text, and merged tokens would be weighed by one",
+    ),
+    "WanTransformer3DModel": Facts(
+        transformer_inputs.of_wan,
+        blocks=("blocks",),
+        image="hidden_states",
+        grid=grids.grid_of_frames,
+        result=None,
+        attention=("attn1", "attn2"),
+        adapted=(Adapted("rotary_emb", rotary.of_each),),
+        own=(Adapted("temb", rotary.of_each_where_many),),
+        unweighed="takes no mask from its block, by which merged tokens would be weighed",
+        text=512,
+        returns=(("condition_embedder", of_condition_of_wan),),
+        frames=21,
     ),
 }
 

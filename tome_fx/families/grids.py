@@ -15,6 +15,11 @@ def grid_of_patches(image: Tensor, patch: int) -> tuple[int, int]:
     return height // patch, width // patch
 
 
+def grid_of_frames(video: Tensor, frames: int, patch: int) -> tuple[int, int, int]:
+    """Frames, height and width of the tokens of a video `[B, C, F, H, W]`, each of so many frames of such a square."""
+    return video.shape[2] // frames, *grid_of_patches(video, patch)
+
+
 def row_of_coordinates(coordinates: Tensor) -> tuple[int, int]:
     """One row of all tokens `[N, axes]`, or `[B, N, axes]` with the same for all images."""
     return 1, coordinates.shape[-2]

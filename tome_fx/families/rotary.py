@@ -79,6 +79,48 @@ def beside_text(block: nn.Module, tables: Any, slots: ops.SlotMap | None, places
     return Rows(image[places]), text
 
 
+def of_image(block: nn.Module, tables: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
+    """The cosines and sines of the image alone; a node of rewritten graphs.
+
+    Args:
+        block: The block that they are for.
+        tables: Two tensors `[N, D]`, or None.
+        slots: The slot map.
+        places: From `ops.places`, `[B, K]`.
+    """
+    return tables if places is None or tables is None else tuple([Rows(part[places]) for part in tables])
+
+
+def of_each(block: nn.Module, tables: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
+    """Tables that have a dimension of images before that of their tokens; a node of rewritten graphs.
+
+    Args:
+        block: The block that they are for.
+        tables: Tensors `[B, N, ...]`, or `[1, N, ...]` for all images.
+        slots: The slot map.
+        places: From `ops.places`, `[B, K]`.
+    """
+    return tables if places is None else tuple([_rows(part, places) for part in tables])
+
+
+def of_each_where_many(block: nn.Module, given: Tensor, slots: ops.SlotMap | None, places: Tensor | None) -> Tensor:
+    """What blocks are shifted and scaled by, where each token has its own; a node of rewritten graphs.
+
+    Args:
+        block: The block that it is for.
+        given: `[B, N, parts, C]`, or `[B, parts, C]` for all tokens.
+        slots: The slot map.
+        places: From `ops.places`, `[B, K]`.
+    """
+    return given if places is None or given.ndim == 3 else _rows(given, places)
+
+
+def _rows(table: Tensor, places: Tensor) -> Tensor:
+    """The rows of a table `[B or 1, N, ...]` at these places of each image."""
+    image = torch.arange(places.shape[0], device=places.device)[:, None]
+    return table.expand(places.shape[0], *table.shape[1:])[image, places]
+
+
 def weights_after_text(
     block: Any, options: dict[str, Any] | None, slots: ops.SlotMap | None, places: Tensor | None, text: Tensor
 ) -> dict[str, Any] | None:

@@ -13,12 +13,14 @@ class Site:
         block: The block's name in there.
         downsample: Latents per token along a side: the level's factor.
         channels: Width of a token.
+        frames: Grids of tokens that are matched, each by itself: the frames of a video, as pipelines make by default.
     """
 
     transformer: str
     block: str
     downsample: int
     channels: int
+    frames: int = 1
 
     @property
     def path(self) -> str:

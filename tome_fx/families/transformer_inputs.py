@@ -90,3 +90,29 @@ def of_qwen(model: Any, height: int, width: int, text_tokens: int, random: Rando
         "timestep": random().abs(),
         "img_shapes": [[(1, rows, columns)]] * tokens.shape[0],
     }
+
+
+def of_cogview4(model: Any, height: int, width: int, text_tokens: int, random: Random) -> dict[str, Any]:
+    """Of CogView 4: an image, a prompt, a time step, and the sizes that it is told."""
+    config = model.config
+    return {
+        "hidden_states": random(config.in_channels, height, width),
+        "encoder_hidden_states": random(text_tokens, config.text_embed_dim),
+        "timestep": random().abs(),
+        "original_size": random(2),
+        "target_size": random(2),
+        "crop_coords": random(2),
+    }
+
+
+def of_wan(model: Any, height: int, width: int, text_tokens: int, random: Random, frames: int) -> dict[str, Any]:
+    """Of Wan: a video, a time step, a prompt, and an image for a model that is told one."""
+    config = model.config
+    inputs = {
+        "hidden_states": random(config.in_channels, frames, height, width),
+        "timestep": random().abs(),
+        "encoder_hidden_states": random(text_tokens, config.text_dim),
+    }
+    return (
+        inputs if config.image_dim is None else {**inputs, "encoder_hidden_states_image": random(1, config.image_dim)}
+    )

@@ -50,6 +50,7 @@ def example_inputs(
     *,
     batch: int = 2,
     text_tokens: int | None = None,
+    frames: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def example_inputs(
         width: Latent columns.
         batch: Images.
         text_tokens: Length of the prompt; None for that which the model's pipelines give it.
+        frames: Latent frames of a video; None for as many as the model's pipelines make. Not for models of images.
         device: Of the tensors; "meta" for shapes alone.
         dtype: Of the tensors.
 
@@ -78,7 +80,8 @@ def example_inputs(
     def random(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, device=device, dtype=dtype)
 
-    return facts.inputs(model, height, width, facts.text if text_tokens is None else text_tokens, random)
+    more = {"frames": facts.frames if frames is None else frames} if facts.frames else {}
+    return facts.inputs(model, height, width, facts.text if text_tokens is None else text_tokens, random, **more)
 
 
 def merged_sites(model: nn.Module, plan: Plan) -> list[Site]:
@@ -92,7 +95,8 @@ def merged_sites(model: nn.Module, plan: Plan) -> list[Site]:
     _refuse_options(model, facts, plan)
     config: Any = model.config
     channels = config.num_attention_heads * config.attention_head_dim
-    return [Site("", path, facts.downsample(model), channels) for path in _blocks(model, facts)]
+    frames = max(1, facts.frames // facts.patch(model)[0])
+    return [Site("", path, facts.downsample(model), channels, frames) for path in _blocks(model, facts)]
 
 
 def levels(model: nn.Module, plan: Plan) -> list[Level]:
@@ -131,6 +135,7 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
         example={**{name: kind(value) for name, value in inputs.items()}, "return_dict": False},  # as pipelines call it
         calls=facts.calls,
         reads=facts.reads,
+        returns=facts.returns,
         check=check,
     )
     return classes
@@ -146,11 +151,12 @@ def _stack(model: nn.Module, facts: Facts, blocks: tuple[str, ...], plan: Plan) 
         arguments=tuple(map(positional, modules)),
         image=facts.image,
         grid=facts.grid,
-        grid_arguments=() if facts.line else (facts.downsample(model),),
+        grid_arguments=() if facts.line else facts.patch(model),
         line=facts.line,
+        frames=bool(facts.frames),
         ratio=f"{MERGING}.ratio",
         result=facts.result_of(model),
-        adapted=facts.adapted_for(plan.prop_attn),
+        adapted=facts.adapted_for(plan),
         weights=facts.weights,
         attention=facts.attention[0],
         per_token=facts.per_token if plan.merge_block or facts.weigh else (),  # other blocks refuse for themselves

@@ -222,15 +222,15 @@ def _matched(graph: fx.Graph, stack: Stack, matching: Matching) -> list[tuple[Ca
         raise TransformError(f"expected an input {stack.image}, found {', '.join(str(node.target) for node in inputs)}")
     with graph.inserting_before(inputs[-1].next):
         grid = graph.call_function(stack.grid, (image, *stack.grid_arguments))
-        height, width = (graph.call_function(operator.getitem, (grid, side)) for side in (0, 1))
+        sides = [graph.call_function(operator.getitem, (grid, side)) for side in range(2 + stack.frames)]
+        *before, height, width = sides
         kept = graph.call_function(ops.kept, (height, width, graph.get_attr(stack.ratio)))
-    function: Callable[..., object] = ops.match
-    line: tuple[fx.Node, ...] = ()
+    function: Callable[..., object] = ops.match_frames if stack.frames else ops.match
     if stack.line is not None:
         function, first = ops.match_along, calls[0]
         with graph.inserting_before(first.node):
             shown = image, first.argument(stack.tokens), matching.sx, matching.sy
-            line = (graph.call_function(stack.line, shown),)
+            before = [graph.call_function(stack.line, shown)]
         matching = matching.along
     options: dict[str, Any] = {
         "kept": kept,
@@ -245,7 +245,7 @@ def _matched(graph: fx.Graph, stack: Stack, matching: Matching) -> list[tuple[Ca
             matched.append((call, matched[0][1]))
             continue
         with graph.inserting_before(call.node):
-            slots = graph.call_function(function, (call.argument(stack.tokens), *line, height, width), options)
+            slots = graph.call_function(function, (call.argument(stack.tokens), *before, height, width), options)
         matched.append((call, slots))
     return matched
 
@@ -271,10 +271,10 @@ class _AdaptedArguments:
 
     def _places(self, slots: fx.Node) -> fx.Node:
         if slots not in self.places:
-            *line, height, width = slots.args[1:]
+            *before, height, width = slots.args[1:]
             options = {name: value for name, value in slots.kwargs.items() if name != "kept"}
-            if line:
-                options["line"] = line[0]
+            if before:
+                options["frames" if self.stack.frames else "line"] = before[0]
             self.places[slots] = slots.graph.call_function(ops.places, (slots, height, width), options)
         return self.places[slots]
 

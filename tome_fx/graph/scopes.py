@@ -75,6 +75,8 @@ class Stack:
         grid_arguments: Further arguments of `grid`, such as the side of a patch.
         line: What makes the order of the tokens, of that input, the tokens and the sides of a cell, where the input
             does not show the grid by its shape (NOTE [Tokens on a line]); None where it does.
+        frames: Whether tokens are those of a video, each frame of which is matched by itself: `grid` makes the number
+            of frames, and the height and width of one.
         adapted: Arguments that are others where tokens are merged.
         skips: Whether a call may leave out some of the blocks.
         texts: For each block, the name of its argument with tokens of text `[B, T, C]` that it puts before those of the
@@ -94,6 +96,7 @@ class Stack:
     option: str = ""
     grid_arguments: tuple[Any, ...] = ()
     line: Callable[..., Tensor] | None = None
+    frames: bool = False
     adapted: tuple[Adapted, ...] = ()
     skips: bool = False
     texts: tuple[str | None, ...] = ()

@@ -26,7 +26,7 @@ import torch
 from torch import fx, nn
 
 from tome_fx.graph.dispatch import compiled, copied, dispatcher, redecorated
-from tome_fx.graph.structure import Count, Structure, kind
+from tome_fx.graph.structure import Count, Returns, Structure, kind
 from tome_fx.graph.trace import trace
 from tome_fx.plan import TransformError
 
@@ -86,6 +86,7 @@ def specialize(
     calls: tuple[str, ...] = (),
     reads: tuple[str, ...] = (),
     counts: tuple[tuple[str, Count], ...] = (),
+    returns: tuple[tuple[str, Returns], ...] = (),
     check: Check | None = None,
 ) -> type[nn.Module]:
     """The class whose forward is the rewritten graph of `module`'s; `module` itself is untouched.
@@ -100,13 +101,14 @@ def specialize(
         calls: Functions that the graph calls instead of entering them; see `Structure`.
         reads: Attributes that the forward reads of its children; see `Structure.of`.
         counts: Children whose results the forward counts; see `Structure`.
+        returns: Children whose results the forward branches on; see `Structure`.
         check: Called before each forward with the module and the inputs that the pass added. Hashable as well.
 
     Raises:
         TransformError: From the trace or the pass, where it cannot serve the example.
     """
     base: Any = original(type(module))
-    structure = Structure.of(module, base, calls, reads, counts)
+    structure = Structure.of(module, base, calls, reads, counts, returns)
     kinds = tuple(example.get(p.name, _kind_of_default(p)) for p in structure.parameters)
     signature = kinds, structure.settings(module)
     key = (structure, rewrite, check)

@@ -54,6 +54,7 @@ def setting(value: Any) -> Hashable:
 
 
 Count = Callable[[nn.Module], int]  # tells of a child how many values it returns
+Returns = Callable[..., tuple[Hashable, ...]]  # tells, of what a child is called with, the kinds of what it returns
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Structure:
             are taken for constants as well.
         counts: Children that return a tuple whose length the forward asks for, by name, each with what tells that
             length. It belongs to each kind of call, as plain attributes do.
+        returns: Children that return a tuple whose values the forward branches on, by name, each with what tells the
+            `kind` of each value.
     """
 
     base: type[nn.Module]
@@ -88,6 +91,7 @@ class Structure:
     constants: dict[str, Any] = field(compare=False)
     reads: tuple[tuple[str, Any], ...] = ()
     counts: tuple[tuple[str, Count], ...] = ()
+    returns: tuple[tuple[str, Returns], ...] = ()
 
     @classmethod
     def of(
@@ -97,6 +101,7 @@ class Structure:
         calls: tuple[str, ...] = (),
         reads: tuple[str, ...] = (),
         counts: tuple[tuple[str, Count], ...] = (),
+        returns: tuple[tuple[str, Returns], ...] = (),
     ) -> "Structure":
         """The structure of a module of the class `base`, or of one derived from it with another forward.
 
@@ -106,6 +111,7 @@ class Structure:
             calls: Functions to call from the graph.
             reads: Names of attributes that the forward reads of its children, and of the items of its module lists.
             counts: Children whose results are counted.
+            returns: Children whose results are branched on.
         """
         internals = vars(nn.Module()).keys() - {"training"}
         attributes = {name: value for name, value in vars(module).items() if name not in (*internals, "forward")}
@@ -134,6 +140,7 @@ class Structure:
                 if isinstance(getattr(part, name, ...), PLAIN)
             ),
             counts=counts,
+            returns=returns,
         )
 
     @property

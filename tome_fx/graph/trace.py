@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
 from tome_fx.graph.nodes import call, returning
-from tome_fx.graph.structure import HALF, Structure
+from tome_fx.graph.structure import HALF, Returns, Structure
 from tome_fx.plan import TransformError
 
 
@@ -125,15 +125,26 @@ class _Child:
     said to be constant.
     """
 
-    def __init__(self, tracer: _Tracer, name: str, constants: dict[str, Any], count: int | None = None) -> None:
+    def __init__(
+        self,
+        tracer: _Tracer,
+        name: str,
+        constants: dict[str, Any],
+        count: int | None = None,
+        returns: Returns | None = None,
+    ) -> None:
         self.tracer = tracer
         self.name = name
         self.count = count  # of the values that it returns, where the forward asks
+        self.returns = returns  # tells their kinds, where the forward asks
         vars(self).update(constants)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.count is None:
-            return self.tracer.create_proxy("call_module", self.name, args, kwargs)
+            result = self.tracer.create_proxy("call_module", self.name, args, kwargs)
+            if self.returns is None:
+                return result
+            return _argument(self.tracer, result.node, ("tuple", *self.returns(*args, **kwargs)))
         results: Any = self.tracer.create_proxy("call_function", returning, (self.count, self, *args), kwargs)
         return tuple(results[i] for i in range(self.count))
 
@@ -165,11 +176,11 @@ def _standin(tracer: _Tracer, structure: Structure, settings: tuple[Hashable, ..
     values = dict(zip(structure.plain, settings, strict=False))
     counts: dict[str, Any] = dict(zip([name for name, _ in structure.counts], settings[len(values) :], strict=True))
     objects = [*structure.objects, *(name for name, value in values.items() if value is ...)]
-    reads = dict(structure.reads)
+    reads, returns = dict(structure.reads), dict(structure.returns)
 
     def child(path: str) -> _Child:
         read = {name.removeprefix(f"{path}."): value for name, value in reads.items() if name.startswith(f"{path}.")}
-        return _Child(tracer, path, read, counts.get(path))
+        return _Child(tracer, path, read, counts.get(path), returns.get(path))
 
     children: dict[str, Any] = {
         name: child(name) if size is None else [child(f"{name}.{i}") for i in range(size)]

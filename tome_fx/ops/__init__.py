@@ -9,7 +9,7 @@ every input. Nothing draws random numbers.
 
 from tome_fx.ops.matching import SlotMap, as_read, grid_of, kept, match, ratio_of
 from tome_fx.ops.merging import changed, log_sizes, merge, unmerge
-from tome_fx.ops.placing import after_text, line_of, match_along, places
+from tome_fx.ops.placing import after_text, line_of, match_along, match_frames, places
 
 __all__ = [
     "SlotMap",
@@ -22,6 +22,7 @@ __all__ = [
     "log_sizes",
     "match",
     "match_along",
+    "match_frames",
     "merge",
     "places",
     "ratio_of",

@@ -1,4 +1,4 @@
-"""Where on the grid merged tokens stand, and grids that are known by their tokens' coordinates alone.
+"""Where on the grid merged tokens stand, grids that are known by their tokens' coordinates alone, and those of videos.
 
 NOTE [Tokens on a line]
 Some models are told where their tokens lie by a table of coordinates. That is data, and so no side of a grid can be a
@@ -80,6 +80,39 @@ def match_along(
     return SlotMap(slot, (line[slots.order - image * count] + image * count).int(), slots.start)
 
 
+def match_frames(
+    tokens: Tensor,
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    kept: int | None,
+    sx: int,
+    sy: int,
+    seed: int | None,
+    tile: int | None = None,
+) -> SlotMap | None:
+    """As `match`, for the tokens of a video: each frame is matched by itself, so that no tile has tokens of two.
+
+    Args:
+        tokens: `[B, N, C]`, with `N = frames * height * width`.
+        frames: Frames, one after the other in the tokens.
+        height, width, kept, sx, sy, seed, tile: Of `match`, for each frame.
+
+    Returns:
+        A slot map of N tokens to `frames * kept`.
+    """
+    batch = tokens.shape[0]
+    each = tokens.detach().reshape(batch * frames, height * width, tokens.shape[2])
+    slots = match(each, height, width, kept=kept, sx=sx, sy=sy, seed=seed, tile=tile)
+    if slots is None:
+        return None
+    # What is numbered through all frames of the batch is so already: the order of the tokens and where slots begin.
+    before = slots.start.shape[1] * torch.arange(frames, dtype=torch.int32, device=tokens.device)
+    slot = slots.slot.view(batch, frames, -1) + before[:, None]
+    return SlotMap(slot.flatten(1), slots.order.view(batch, -1), slots.start.view(batch, -1))
+
+
 def places(
     slots: SlotMap | None,
     height: int,
@@ -90,13 +123,15 @@ def places(
     seed: int | None,
     tile: int | None = None,
     line: Tensor | None = None,
+    frames: int | None = None,
 ) -> Tensor | None:
     """The token whose place on the grid each slot has: its destination, or the source that stays alone.
 
     Args:
-        slots: From `match` or `match_along`.
+        slots: From `match`, `match_along` or `match_frames`.
         height, width, sx, sy, seed, tile: As they were given there.
         line: As it was given to `match_along`.
+        frames: As they were given to `match_frames`.
 
     Returns:
         int64 `[B, K]`, in `[0, N)`, or None where `slots` is None.
@@ -109,6 +144,9 @@ def places(
     destination = destination.where(destination >= 0, destination[:, :1]).flatten()  # at a gap the tile's first again
     if line is not None:
         destination = line[destination]
+    if frames is not None:
+        before = height * width * torch.arange(frames, device=slots.slot.device)
+        destination = (destination + before[:, None]).flatten()
     row = count * torch.arange(batch, device=slots.slot.device)[:, None]
     first = slots.order.flatten()[slots.start] - row
     # Inductor writes a scatter of int32 itself, and leaves one of int64 to ATen.
@@ -119,7 +157,7 @@ def after_text(slots: SlotMap | None, text: Tensor) -> SlotMap | None:
     """The slot map of a sequence in which tokens of text stand before those of the grid, each of them a slot alone.
 
     Args:
-        slots: From `match` or `match_along`, of N tokens to K.
+        slots: From `match`, `match_along` or `match_frames`, of N tokens to K.
         text: `[B, T, C]`.
 
     Returns:

@@ -100,8 +100,9 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
     Counted are the layers, a LoRA's among them, and attention. What surrounds the layers changes no count and is not
     called: hooks, attention processors, offloading, sharding, casting, quantization, checkpointing, compiled code.
     Not counted is what a processor does besides attention: the image prompt of an IP-Adapter, the perturbed images of
-    PAG. Of a clip one frame is counted, with a time step, a prompt as long as pipelines make it (77 tokens for UNets,
-    512 for Flux) and what else the config asks for.
+    PAG. Of a clip of a UNet one frame is counted, of a video of a transformer as many as pipelines make (21 latent frames
+    for Wan), with a time step, a prompt as long as pipelines make it (77 tokens for UNets, 512 for Flux) and what else
+    the config asks for.
 
     Args:
         model: What `tome_fx.transform` returned, compiled or not. It is left as it is.
@@ -140,12 +141,12 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
                 path=site.path,
                 height=grid.height,
                 width=grid.width,
-                tokens=grid.tokens,
-                merged=grid.merged,
-                kept=grid.kept,
+                tokens=site.frames * grid.tokens,
+                merged=site.frames * grid.merged,
+                kept=site.frames * grid.kept,
                 scopes=family.merged_around(plan),
                 flops_before=before.get(site.path, 0),  # a block may be there and not be run
-                flops_after=after.get(site.path, 0) + matches * grid.match_flops(site.channels),
+                flops_after=after.get(site.path, 0) + matches * site.frames * grid.match_flops(site.channels),
                 unweighed=_unweighed(model, site, plan),
                 note=grid.note,
             )
