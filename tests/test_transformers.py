@@ -282,8 +282,9 @@ def test_the_model_given_is_left_as_it_is_and_the_result_is_of_its_class_and_wei
 def test_gradients_are_those_of_the_patch(scope: dict[str, Any], name: str, checkpointing: bool) -> None:
     model, arguments = copy.deepcopy(MODELS[name]()), inputs(MODELS[name]())
     result, expected = transformed(model, prop_attn=False, **scope), patched(model, prop_attn=False, **scope)
-    if checkpointing:
+    if checkpointing:  # in both, for Chroma hands its last blocks no mask then
         result.enable_gradient_checkpointing()
+        expected.enable_gradient_checkpointing()
     found = []
     for one in (result, expected):
         one.zero_grad()
@@ -326,12 +327,12 @@ def test_half_precision_is_as_near_to_the_whole_as_the_patch_is(
 
 
 @supports("PEFT LoRA with a scale", "works", group="Diffusion transformers")
-@pytest.mark.parametrize("name", ["sd3", "flux", "qwen"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen", "chroma", "flux2", "auraflow", "cogview4", "wan"])
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 @scopes
 def test_a_lora_has_its_scale(scope: dict[str, Any], name: str, ratio: float) -> None:
     model, arguments = with_lora(MODELS[name]()), inputs(MODELS[name]())
-    argument = "attention_kwargs" if name == "qwen" else "joint_attention_kwargs"
+    argument = next(a for a in inspect.signature(model.forward).parameters if a.endswith("attention_kwargs"))
     scaled = {**arguments, argument: {"scale": 0.3}}
     result, expected = transformed(model, ratio, **scope), patched(model, ratio, **scope)
     if ratio == 0:
@@ -654,14 +655,17 @@ def test_models_that_cannot_have_merged_tokens_are_refused_with_the_reason() -> 
 @models
 @scopes
 def test_explain_counts_what_merging_saves(scope: dict[str, Any], name: str) -> None:
-    report = tome_fx.explain(transformed(MODELS[name](), **scope), 2 * SIDE, SIDE)
+    report, facts = (
+        tome_fx.explain(transformed(MODELS[name](), **scope), 2 * SIDE, SIDE),
+        FACTS[type(MODELS[name]()).__name__],
+    )
     around = ("block",) if scope["merge_block"] else ("attn",)
     assert [(row.height, row.width, row.kept, row.scopes) for row in report.rows] == [
-        (SIDE, SIDE // 2, SIDE**2 // 4, around)
+        (SIDE, SIDE // 2, (facts.frames or 1) * SIDE**2 // 4, around)
     ] * len(report.rows)
-    assert (1.15 if scope["merge_block"] else 1.0) < report.bound < 3
+    assert (1.15 if scope["merge_block"] else 1.0) < report.bound < 4
     assert all(row.flops_after < row.flops_before for row in report.rows)
-    assert ("takes no mask" in str(report)) == bool(FACTS[type(MODELS[name]()).__name__].unweighed)
+    assert ("takes no mask" in str(report)) == bool(facts.unweighed)
     assert report.levels == ()
 
 

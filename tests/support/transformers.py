@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
+    ChromaTransformer2DModel,
     CogView4Transformer2DModel,
+    Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
@@ -33,8 +36,8 @@ FRAMES = 3  # of a video
 Pictures = tuple[tuple[int, int], ...]  # the heights and widths, in tokens, of those that an image's tokens are of
 
 
-def _built(make: Callable[[], Any]) -> Any:
-    """A model whose weights are random everywhere: what starts from zero has an effect."""
+def _built(make: Callable[[], Any], louder: float = 1.0) -> Any:
+    """A model whose weights are random everywhere, those of attention times a number: what is zero has an effect."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated")  # by diffusers' own ControlNet
         torch.manual_seed(0)
@@ -42,6 +45,9 @@ def _built(make: Callable[[], Any]) -> Any:
         for parameter in model.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.3)
+        for name, parameter in model.named_parameters():
+            if "attn." in name:
+                parameter.data.mul_(louder)
     return model
 
 
@@ -138,6 +144,59 @@ def qwen() -> QwenImageTransformer2DModel:
 
 
 @functools.cache
+def chroma() -> ChromaTransformer2DModel:
+    """Chroma in small."""
+    return _built(
+        lambda: ChromaTransformer2DModel(
+            in_channels=8,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            axes_dims_rope=(4, 6, 6),
+            approximator_num_channels=16,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        )
+    )
+
+
+@functools.cache
+def flux2() -> Flux2Transformer2DModel:
+    """Flux.2 in small."""
+    return _built(
+        lambda: Flux2Transformer2DModel(
+            in_channels=8,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+        )
+    )
+
+
+@functools.cache
+def auraflow() -> AuraFlowTransformer2DModel:
+    """AuraFlow in small."""
+    return _built(
+        lambda: AuraFlowTransformer2DModel(
+            sample_size=SIDE,
+            num_mmdit_layers=1,
+            num_single_dit_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            caption_projection_dim=16,
+        ),
+        louder=4.0,  # its attention adds little by these
+    )
+
+
+@functools.cache
 def cogview4() -> CogView4Transformer2DModel:
     """CogView 4 in small."""
     return _built(
@@ -183,6 +242,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "flux": flux,
     "flux_controlnet": flux_controlnet,
     "qwen": qwen,
+    "chroma": chroma,
+    "flux2": flux2,
+    "auraflow": auraflow,
     "cogview4": cogview4,
     "wan": wan,
 }
@@ -239,8 +301,8 @@ def patched(model: Any, ratio: float = 0.5, *, pictures: Pictures = ((SIDE // 2,
     """A copy of the model that merges as `transform` of the same options does, without a graph: the oracle.
 
     Each block, or each part of it, is called for one image after another, with tables that are that image's own, by a
-    `__call__` around it. The slot map is `ops.match`'s, of each picture by itself, which are the same in every frame of a
-    video; the rest is written out.
+    `__call__` around it. The slot map is `ops.match`'s, of each picture by itself, every frame of a video among them;
+    the rest is written out.
     """
     pictures *= frames_of(model)
     result, plan = copy.deepcopy(model), Plan(ratio, **{"use_rand": False, "merge_block": True, **options})
@@ -265,7 +327,9 @@ def _wrap(block: Any, plan: Plan, seen: dict[str, Any], pictures: Pictures, *, f
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(_names(cls), args, strict=False)), **kwargs}
-        tokens = kwargs.pop("hidden_states")
+        given = kwargs.pop("hidden_states")
+        text = given[:, : given.shape[1] - sum(height * width for height, width in pictures)]  # where it is in there
+        tokens = given[:, text.shape[1] :]
         if first or not plan.share_match:
             seen["slots"] = _match(tokens, plan, pictures)
         slots, places = seen["slots"]
@@ -276,9 +340,10 @@ def _wrap(block: Any, plan: Plan, seen: dict[str, Any], pictures: Pictures, *, f
             if weighed:
                 sizes = torch.bincount(slots.slot[b], minlength=merged.shape[1]).to(tokens.dtype).log()
                 own |= _weights(cls, block, sizes, own)
-            outputs.append(cls.__call__(self, merged[b : b + 1], **own))
+            outputs.append(cls.__call__(self, torch.cat([text, merged], dim=1)[b : b + 1], **own))
         if isinstance(outputs[0], Tensor):
-            return ops.changed(tokens, merged, torch.cat(outputs), slots)
+            of_text, of_image = torch.cat(outputs).split([text.shape[1], merged.shape[1]], dim=1)
+            return torch.cat([of_text, ops.changed(tokens, merged, of_image, slots)], dim=1)
         both = []
         for parts in zip(*outputs, strict=True):  # of image and text, in either order
             part = None if parts[0] is None else torch.cat(parts)
@@ -303,7 +368,8 @@ def _wrap_match(block: Any, plan: Plan, seen: dict[str, Any], pictures: Pictures
     cls = type(block)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen["tokens"] = tokens = args[0] if args else kwargs["hidden_states"]
+        tokens = args[0] if args else kwargs["hidden_states"]
+        seen["tokens"] = tokens = tokens[:, tokens.shape[1] - sum(height * width for height, width in pictures) :]
         if first or not plan.share_match:
             seen["slots"] = _match(tokens, plan, pictures)
         return cls.__call__(self, *args, **kwargs)
@@ -402,7 +468,7 @@ def _of_image(name: str, value: Any, image: int, places: Tensor, tokens: Tensor)
     return value
 
 
-ROWS = ("image_rotary_emb", "rotary_emb", "temb")
+ROWS = ("image_rotary_emb", "rotary_emb", "temb", "attention_mask")
 
 
 def _rows(table: Any, image: int, places: Tensor, count: int) -> Any:
@@ -412,6 +478,9 @@ def _rows(table: Any, image: int, places: Tensor, count: int) -> Any:
     """
     if not isinstance(table, Tensor):
         return None if table is None else tuple([_rows(part, image, places, count) for part in table])
+    if table.ndim == 4 and count <= table.shape[2] == table.shape[3]:  # a mask of an attention, `[B, 1, S, S]`
+        rows = _rows(table[image, 0], image, places, count)
+        return _rows(rows.mT, image, places, count).mT[None, None]
     if table.ndim > 1 and len(table) < count <= table.shape[1]:
         return _rows(table[min(image, len(table) - 1)], image, places, count)[None]
     if len(table) < count:
@@ -425,7 +494,7 @@ def _weights(cls: type[nn.Module], block: Any, sizes: Tensor, given: dict[str, A
     if cls.__name__ == "BasicTransformerBlock":
         return {"attention_mask": sizes[None, None].repeat(block.attn1.heads, 1, 1)}
     if cls.__name__.startswith("Flux"):
-        mask = torch.cat([sizes.new_zeros(given["encoder_hidden_states"].shape[1]), sizes])
+        mask = torch.cat([sizes.new_zeros(given["image_rotary_emb"][0].shape[0] - len(sizes)), sizes])
         return {
             "joint_attention_kwargs": {
                 **(given.get("joint_attention_kwargs") or {}),

@@ -46,6 +46,9 @@ def of_flux(attention: nn.Module) -> int:
 ATTENTION = Scope("attn", tokens="hidden_states", weights="attention_mask", option="merge_attn")
 JOINT = Scope("attn", tokens="hidden_states", result=0, weights="attention_mask", option="merge_attn")
 SECOND = Scope("attn2", tokens="hidden_states", weights="attention_mask", option="merge_attn")
+IMAGE = replace(JOINT, result=(0, 2))  # and of an image prompt, which comes third
+COUNTS: tuple[tuple[str, Count], ...] = (("attn", of_flux),)
+ROTARY: dict[str, Hashable] = {"image_rotary_emb": "opaque"}
 BOTH: dict[str, Hashable] = {"hidden_states": "3d", "encoder_hidden_states": "3d", "temb": "2d"}
 
 # By the names of diffusers' classes, as in facts.py.
@@ -55,15 +58,17 @@ BLOCKS = {
     ),
     "JointTransformerBlock": Block((JOINT, SECOND), BOTH),
     "SD3SingleTransformerBlock": Block((ATTENTION,), {"hidden_states": "3d", "temb": "2d"}),
-    "FluxTransformerBlock": Block(
-        (Scope("attn", tokens="hidden_states", result=(0, 2), weights="attention_mask", option="merge_attn"),),
-        {**BOTH, "image_rotary_emb": "opaque"},
-        counts=(("attn", of_flux),),
+    "FluxTransformerBlock": Block((IMAGE,), {**BOTH, **ROTARY}, counts=COUNTS),
+    "FluxSingleTransformerBlock": Block((ATTENTION,), {**BOTH, **ROTARY}, text="encoder_hidden_states"),
+    "QwenImageTransformerBlock": Block((JOINT,), {**BOTH, **ROTARY}),
+    "ChromaTransformerBlock": Block((IMAGE,), {**BOTH, **ROTARY, "temb": "3d", "attention_mask": "2d"}, counts=COUNTS),
+    "ChromaSingleTransformerBlock": Block(
+        (ATTENTION,), {"hidden_states": "3d", "temb": "3d", **ROTARY, "attention_mask": "2d"}
     ),
-    "FluxSingleTransformerBlock": Block(
-        (ATTENTION,), {**BOTH, "image_rotary_emb": "opaque"}, text="encoder_hidden_states"
-    ),
-    "QwenImageTransformerBlock": Block((JOINT,), {**BOTH, "image_rotary_emb": "opaque"}),
-    "CogView4TransformerBlock": Block((replace(JOINT, module="attn1"),), {**BOTH, "image_rotary_emb": "opaque"}),
+    "Flux2TransformerBlock": Block((JOINT,), {**BOTH, **ROTARY, "temb_mod_img": "2d", "temb_mod_txt": "2d"}),
+    "Flux2SingleTransformerBlock": Block((ATTENTION,), {"hidden_states": "3d", "temb_mod": "2d", **ROTARY}),
+    "AuraFlowJointTransformerBlock": Block((JOINT,), BOTH),
+    "AuraFlowSingleTransformerBlock": Block((ATTENTION,), {"hidden_states": "3d", "temb": "2d"}),
+    "CogView4TransformerBlock": Block((replace(JOINT, module="attn1"),), {**BOTH, **ROTARY}),
     "WanTransformerBlock": Block((replace(ATTENTION, module="attn1"),), {**BOTH, "temb": "3d", "rotary_emb": "opaque"}),
 }

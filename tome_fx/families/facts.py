@@ -25,6 +25,7 @@ class Facts:
         image: Name of the input that shows where tokens lie.
         grid: What makes height and width of it, of a video the number of frames before them.
         line: What makes a line of it, where it is no image; see `Stack`.
+        joint: Which of the lists have blocks whose tokens are text and image, in this order, and come back alone.
         result: Place of the image's tokens in what a block returns; None where it returns them alone.
         attention: Names of the attention modules in a block, the one whose keys are image tokens first.
         processor: What attention has that does not know its own, after `diffusers.models`.
@@ -50,6 +51,7 @@ class Facts:
     image: str
     grid: Callable[..., tuple[int, int]]
     line: Callable[..., Tensor] | None = None
+    joint: tuple[str, ...] = ()
     result: int | None = 1
     attention: tuple[str, ...] = ("attn",)
     processor: str = "attention_processor.AttnProcessor2_0"
@@ -123,6 +125,11 @@ FLUX = Facts(
     text=512,
     packed=transformer_inputs.PACKED,
 )
+FLUX2 = (
+    "image_rotary_emb",
+    "temb_mod",
+    "temb_mod_img",
+)  # what shows how long the text is, and of which type tokens are
 FACTS: dict[str, Facts] = {
     "PixArtTransformer2DModel": Facts(
         transformer_inputs.of_pixart,
@@ -152,6 +159,48 @@ FACTS: dict[str, Facts] = {
         packed=transformer_inputs.PACKED,
         calls=("compute_text_seq_len_from_mask",),
         cannot=(("zero_cond_t", "its forward goes through the sizes of pictures one by one, which no graph can"),),
+    ),
+    "ChromaTransformer2DModel": Facts(
+        transformer_inputs.of_chroma,
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        joint=("single_transformer_blocks",),
+        image="img_ids",
+        grid=grids.row_of_coordinates,
+        line=grids.line_of_coordinates,
+        adapted=(
+            Adapted("image_rotary_emb", rotary.after_text),
+            Adapted("attention_mask", rotary.mask_after_text),
+        ),
+        unweighed="takes no mask but the product of one with itself, and merged tokens would be weighed by one",
+        text=512,
+        packed=transformer_inputs.PACKED,
+    ),
+    "Flux2Transformer2DModel": Facts(
+        transformer_inputs.of_flux2,
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        joint=("single_transformer_blocks",),
+        image="img_ids",
+        grid=grids.row_of_coordinates,
+        line=grids.line_of_coordinates_and_layer,
+        adapted=(Adapted("image_rotary_emb", rotary.after_text),),
+        weigh=(
+            Adapted("joint_attention_kwargs", rotary.weights_by_table, FLUX2),
+            Adapted("joint_attention_kwargs", rotary.weights_by_table_where_taken, FLUX2),
+        ),
+        per_token=("joint_attention_kwargs.attention_mask",),
+        text=512,
+        packed=transformer_inputs.PACKED,
+    ),
+    "AuraFlowTransformer2DModel": Facts(
+        transformer_inputs.of_auraflow,
+        blocks=("joint_transformer_blocks", "single_transformer_blocks"),
+        joint=("single_transformer_blocks",),
+        image="hidden_states",
+        grid=grids.grid_of_patches,
+        processor="attention_processor.AuraFlowAttnProcessor2_0",
+        unweighed="takes no mask, by which merged tokens would be weighed",
+        text=256,
+        calls=("maybe_adjust_dtype_for_device",),
     ),
     "CogView4Transformer2DModel": Facts(
         transformer_inputs.of_cogview4,

@@ -30,6 +30,11 @@ def line_of_coordinates(coordinates: Tensor, tokens: Tensor, sx: int, sy: int) -
     return ops.line_of(coordinates[0] if coordinates.ndim == 3 else coordinates, sx, sy)
 
 
+def line_of_coordinates_and_layer(coordinates: Tensor, tokens: Tensor, sx: int, sy: int) -> Tensor:
+    """The same by coordinates whose last axis, after row and column, is another that tells pictures apart."""
+    return line_of_coordinates(coordinates.roll(1, dims=-1), tokens, sx, sy)
+
+
 def row_of_shapes(shapes: Any) -> tuple[int, int]:
     """One row of all tokens of pictures of these shapes: those of one image, or a list for each image, all alike."""
     return 1, sum(frames * height * width for frames, height, width in _pictures(shapes))

@@ -58,10 +58,22 @@ def after_text(block: nn.Module, table: Any, slots: ops.SlotMap | None, places: 
     """
     if places is None or slots is None or table is None:
         return table
-    text = table[0].shape[0] - slots.slot.shape[1]
-    alone = torch.arange(text, device=places.device).expand(places.shape[0], -1)
-    rows = torch.cat([alone, places + text], dim=1)
+    rows = _after_text(places, table[0].shape[0] - slots.slot.shape[1])
     return tuple([Rows(part[rows]) for part in table])
+
+
+def mask_after_text(block: nn.Module, mask: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
+    """A mask of a sequence of text and image; a node of rewritten graphs.
+
+    Args:
+        block: The block that it is for.
+        mask: `[B, T + N]`, or None.
+        slots: The slot map.
+        places: From `ops.places`, `[B, K]`.
+    """
+    if places is None or slots is None or mask is None:
+        return mask
+    return _rows(mask, _after_text(places, mask.shape[1] - slots.slot.shape[1]))
 
 
 def beside_text(block: nn.Module, tables: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
@@ -115,6 +127,12 @@ def of_each_where_many(block: nn.Module, given: Tensor, slots: ops.SlotMap | Non
     return given if places is None or given.ndim == 3 else _rows(given, places)
 
 
+def _after_text(places: Tensor, text: int) -> Tensor:
+    """The rows `[B, T + K]` of text, all of them, and of these places in an image after it."""
+    alone = torch.arange(text, device=places.device).expand(places.shape[0], -1)
+    return torch.cat([alone, places + text], dim=1)
+
+
 def _rows(table: Tensor, places: Tensor) -> Tensor:
     """The rows of a table `[B or 1, N, ...]` at these places of each image."""
     image = torch.arange(places.shape[0], device=places.device)[:, None]
@@ -133,8 +151,7 @@ def weights_after_text(
         places: From `ops.places`.
         text: `[B, T, C]`, the tokens of text, which come before the image's.
     """
-    mask = ops.log_sizes(text, slots, before=text.shape[1])
-    return options if mask is None else {**(options or {}), "attention_mask": mask[:, None]}
+    return _weighed(options, slots, text, text.shape[1])
 
 
 def weights_after_text_where_taken(
@@ -144,3 +161,49 @@ def weights_after_text_where_taken(
     if why_unweighed_by_default(block.attn):
         return options
     return weights_after_text(block, options, slots, places, text)
+
+
+def weights_by_table(
+    block: Any,
+    options: dict[str, Any] | None,
+    slots: ops.SlotMap | None,
+    places: Tensor | None,
+    table: tuple[Tensor, Tensor],
+    *like: Tensor | None,
+) -> dict[str, Any] | None:
+    """The same where how long the text is shows in the table of places of both; a node of rewritten graphs.
+
+    Args:
+        block: The block.
+        options: What attention is given by name, or None.
+        slots: The slot map.
+        places: From `ops.places`.
+        table: Two tensors `[T + N, D]`.
+        like: Tensors of the tokens' dtype, or None: kinds of blocks have them by different names.
+    """
+    if slots is None:
+        return options
+    some = next(tensor for tensor in like if tensor is not None)
+    return _weighed(options, slots, some, table[0].shape[0] - slots.slot.shape[1])
+
+
+def weights_by_table_where_taken(
+    block: Any,
+    options: dict[str, Any] | None,
+    slots: ops.SlotMap | None,
+    places: Tensor | None,
+    table: tuple[Tensor, Tensor],
+    *like: Tensor | None,
+) -> dict[str, Any] | None:
+    """The same, or the options as they are where weights cannot be taken; a node of rewritten graphs."""
+    if why_unweighed_by_default(block.attn):
+        return options
+    return weights_by_table(block, options, slots, places, table, *like)
+
+
+def _weighed(
+    options: dict[str, Any] | None, slots: ops.SlotMap | None, like: Tensor, text: int
+) -> dict[str, Any] | None:
+    """Options with a mask that weighs merged tokens after so many of text."""
+    mask = ops.log_sizes(like, slots, before=text)
+    return options if mask is None else {**(options or {}), "attention_mask": mask[:, None]}

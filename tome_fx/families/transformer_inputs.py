@@ -56,16 +56,55 @@ def of_flux(model: Any, height: int, width: int, text_tokens: int, random: Rando
     config = model.config
     rows, columns = height // PACKED, width // PACKED
     prompt = random(text_tokens, config.joint_attention_dim)
-    place = torch.arange(rows * columns, device=prompt.device)
     inputs = {
         "hidden_states": random(rows * columns, config.in_channels),
         "encoder_hidden_states": prompt,
         "pooled_projections": random(config.pooled_projection_dim),
         "timestep": random().abs(),
-        "img_ids": torch.stack([place * 0, place // columns, place % columns], dim=1).to(prompt.dtype),
+        "img_ids": _coordinates(rows, columns, prompt),
         "txt_ids": prompt.new_zeros(text_tokens, 3),
     }
     return {**inputs, "guidance": random().abs()} if config.guidance_embeds else inputs
+
+
+def of_chroma(model: Any, height: int, width: int, text_tokens: int, random: Random) -> dict[str, Any]:
+    """Of Chroma: tokens with their coordinates, a prompt whose last token is masked, a time step."""
+    config = model.config
+    rows, columns = height // PACKED, width // PACKED
+    prompt = random(text_tokens, config.joint_attention_dim)
+    mask = prompt.new_ones(prompt.shape[0], text_tokens + rows * columns)
+    mask[:, text_tokens - 1] = 0
+    return {
+        "hidden_states": random(rows * columns, config.in_channels),
+        "encoder_hidden_states": prompt,
+        "timestep": random().abs(),
+        "img_ids": _coordinates(rows, columns, prompt),
+        "txt_ids": prompt.new_zeros(text_tokens, 3),
+        "attention_mask": mask,
+    }
+
+
+def of_flux2(model: Any, height: int, width: int, text_tokens: int, random: Random) -> dict[str, Any]:
+    """Of Flux.2: tokens with their coordinates, a prompt with its own, a time step, guidance."""
+    config = model.config
+    rows, columns = height // PACKED, width // PACKED
+    prompt = random(text_tokens, config.joint_attention_dim)
+    place = _coordinates(rows, columns, prompt)
+    word = torch.arange(text_tokens, device=prompt.device)[:, None].to(prompt.dtype)
+    inputs = {
+        "hidden_states": random(rows * columns, config.in_channels),
+        "encoder_hidden_states": prompt,
+        "timestep": random().abs(),
+        "img_ids": torch.cat([place, place[:, :1]], dim=1),
+        "txt_ids": torch.cat([prompt.new_zeros(text_tokens, 3), word], dim=1),
+    }
+    return {**inputs, "guidance": random().abs()} if config.guidance_embeds else inputs
+
+
+def _coordinates(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Those of the tokens of a picture, `[N, 3]`: 0, row, column."""
+    place = torch.arange(rows * columns, device=like.device)
+    return torch.stack([place * 0, place // columns, place % columns], dim=1).to(like.dtype)
 
 
 def of_flux_controlnet(model: Any, height: int, width: int, text_tokens: int, random: Random) -> dict[str, Any]:
@@ -89,6 +128,16 @@ def of_qwen(model: Any, height: int, width: int, text_tokens: int, random: Rando
         "encoder_hidden_states": random(text_tokens, config.joint_attention_dim),
         "timestep": random().abs(),
         "img_shapes": [[(1, rows, columns)]] * tokens.shape[0],
+    }
+
+
+def of_auraflow(model: Any, height: int, width: int, text_tokens: int, random: Random) -> dict[str, Any]:
+    """Of AuraFlow: an image, a prompt, a time step."""
+    config = model.config
+    return {
+        "hidden_states": random(config.in_channels, height, width),
+        "encoder_hidden_states": random(text_tokens, config.joint_attention_dim),
+        "timestep": random().abs(),
     }
 
 

@@ -28,6 +28,7 @@ from tome_fx.graph.structure import kind
 from tome_fx.plan import MERGING, PARTS, Plan, TransformError
 
 NAMES = tuple(FACTS)
+TOKENS = "hidden_states"
 EXAMPLE = 16  # latents along a side of the image that is traced first; any would do
 
 
@@ -144,10 +145,12 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
 def _stack(model: nn.Module, facts: Facts, blocks: tuple[str, ...], plan: Plan) -> Stack:
     """The blocks of the model, as a pass for the whole of them or for what they hand on to their parts needs them."""
     modules = [model.get_submodule(block) for block in blocks]
-    known = [] if plan.merge_block else [_known(module, block) for module, block in zip(modules, blocks, strict=True)]
+    texts: list[str | None] = [TOKENS if block.rpartition(".")[0] in facts.joint else None for block in blocks]
+    if not plan.merge_block:
+        texts = [text or _known(*part).text for text, *part in zip(texts, modules, blocks, strict=True)]
     return Stack(
         blocks,
-        tokens="hidden_states",
+        tokens=TOKENS,
         arguments=tuple(map(positional, modules)),
         image=facts.image,
         grid=facts.grid,
@@ -162,7 +165,7 @@ def _stack(model: nn.Module, facts: Facts, blocks: tuple[str, ...], plan: Plan) 
         per_token=facts.per_token if plan.merge_block or facts.weigh else (),  # other blocks refuse for themselves
         option="merge_block" if plan.merge_block else "merge_attn",
         skips=True,  # as skip_layers of Stable Diffusion 3 does
-        texts=tuple(kind_of_block.text for kind_of_block in known),
+        texts=tuple(texts),
     )
 
 
@@ -229,7 +232,7 @@ class CheckTransformer:
         Raises:
             TransformError: A hook or a processor keeps what it saw, or leaves out the weights.
         """
-        first, *others = (Scope(name, tokens="hidden_states", option="merge_block") for name in self.attention)
+        first, *others = (Scope(name, tokens=TOKENS, option="merge_block") for name in self.attention)
         scopes = (replace(first, weights="attention_mask"), *others)
         CheckMergedStack(self.blocks, scopes, self.weigh)(model)
 

@@ -1,5 +1,6 @@
 """Functions that rewritten graphs call beside those of `ops`, named so that printed graphs read."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +73,16 @@ def attend(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def merged_keys(tokens: Tensor, slots: ops.SlotMap | None) -> Tensor | None:
     """What to attend to where keys and values alone are merged, None where nothing is; a node of rewritten graphs."""
     return None if slots is None else ops.merge(tokens, slots)
+
+
+def of_grid(tokens: Tensor, *sides: int) -> Tensor:
+    """The tokens of a grid with these sides, of a sequence `[B, T + N, C]` of text and grid; a node."""
+    return tokens[:, tokens.shape[1] - math.prod(sides) :]
+
+
+def of_text(tokens: Tensor, slots: ops.SlotMap | None) -> Tensor:
+    """The tokens before those that a slot map is of, all of them where nothing is merged; a node."""
+    return tokens if slots is None else tokens[:, : tokens.shape[1] - slots.slot.shape[1]]
 
 
 def either(weights: Tensor | None, mask: Tensor | None) -> Tensor | None:

@@ -109,17 +109,14 @@ def insert_match(graph: fx.Graph, stack: Stack, matching: Matching) -> int:
     Returns:
         How many blocks were given a slot map.
     """
-    matched, adapted = _matched(graph, stack, matching), _AdaptedArguments(stack)
-    texts = dict(zip(stack.blocks, stack.texts, strict=False))
-    of_both: dict[fx.Node, fx.Node] = {}  # slot maps of text and grid, by those of the grid
+    matched, adapted, sequences = _matched(graph, stack, matching), _AdaptedArguments(stack), _Sequences(stack)
     for call, slots in matched:
-        parameters, text = _arguments(stack, call), texts.get(call.module)
+        parameters = _arguments(stack, call)
         with graph.inserting_before(call.node):
             _refuse_per_token(call, stack.per_token, parameters, slots, stack.option)
             adapted.give(call, parameters, slots)
-            if text is not None and slots not in of_both:
-                of_both[slots] = graph.call_function(ops.after_text, (slots, call.given(text, parameters)))
-        call.append("slots", slots if text is None else of_both[slots], parameters)
+            whole = sequences.slots(call, parameters, slots)
+        call.append("slots", whole, parameters)
     return len(matched)
 
 
@@ -143,17 +140,17 @@ def insert_merge_of_blocks(graph: fx.Graph, stack: Stack, matching: Matching, we
         How many blocks see merged tokens.
     """
     matched, runs = _matched(graph, stack, matching), _Runs()
-    adapted = _AdaptedArguments(stack)
+    adapted, sequences = _AdaptedArguments(stack), _Sequences(stack)
     for call, slots in matched:
         parameters = _arguments(stack, call)
         with graph.inserting_before(call.node):
             _refuse_per_token(call, stack.per_token, parameters, slots, stack.option)
             adapted.give(call, parameters, slots)
-            run = runs.through(call.argument(stack.tokens), slots)
+            run = runs.through(call.argument(stack.tokens), sequences.slots(call, parameters, slots))
             call.replace(stack.tokens, run.inside)
             if weigh and stack.weights is not None:
                 call = _weighed(call, stack.weights, run.tokens, slots, weigh, parameters, stack.attention)
-        runs.left(run, *_results(call.node, stack.result))
+        runs.left(run, *_results(call.node, None if _is_joint(stack, call) else stack.result))
     for end in runs.ends:
         if not end.users:  # the run went on
             graph.erase_node(end)
@@ -245,7 +242,10 @@ def _matched(graph: fx.Graph, stack: Stack, matching: Matching) -> list[tuple[Ca
             matched.append((call, matched[0][1]))
             continue
         with graph.inserting_before(call.node):
-            slots = graph.call_function(function, (call.argument(stack.tokens), *before, height, width), options)
+            tokens = call.argument(stack.tokens)
+            if _is_joint(stack, call):
+                tokens = graph.call_function(nodes.of_grid, (tokens, *sides))
+            slots = graph.call_function(function, (tokens, *before, height, width), options)
         matched.append((call, slots))
     return matched
 
@@ -260,9 +260,10 @@ class _AdaptedArguments:
 
     def give(self, call: Call, parameters: Parameters, slots: fx.Node) -> None:
         """Put them in before the call."""
+        names = [name for argument in self.stack.adapted for name in (argument.name, *argument.beside)]
+        given = {name: call.given(name, parameters) for name in names}
         for argument in self.stack.adapted:
-            value = call.given(argument.name, parameters)
-            beside = [call.given(name, parameters) for name in argument.beside]
+            value, *beside = (given[name] for name in (argument.name, *argument.beside))
             key = argument.name, slots, *map(str, (value, *beside))
             if key not in self.made:
                 details = (call.node.graph.get_attr(call.module), value, slots, self._places(slots), *beside)
@@ -277,6 +278,26 @@ class _AdaptedArguments:
                 options["frames" if self.stack.frames else "line"] = before[0]
             self.places[slots] = slots.graph.call_function(ops.places, (slots, height, width), options)
         return self.places[slots]
+
+
+class _Sequences:
+    """Tells what blocks are over: the grid, or text and the grid, whose slot map is made once for each of the grid."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.of_both: dict[fx.Node, fx.Node] = {}  # by the slot map of the grid
+
+    def slots(self, call: Call, parameters: Parameters, slots: fx.Node) -> fx.Node:
+        """The slot map of all that a block is over; put in before the call."""
+        name, graph = _text(self.stack, call), call.node.graph
+        if name is None:
+            return slots
+        if slots not in self.of_both:
+            text = call.given(name, parameters)
+            if _is_joint(self.stack, call):
+                text = graph.call_function(nodes.of_text, (call.argument(name), slots))
+            self.of_both[slots] = graph.call_function(ops.after_text, (slots, text))
+        return self.of_both[slots]
 
 
 @dataclass
@@ -318,6 +339,15 @@ class _Runs:
 
 def _arguments(stack: Stack, call: Call) -> Parameters:
     return stack.arguments[stack.blocks.index(call.module)]
+
+
+def _text(stack: Stack, call: Call) -> str | None:
+    return dict(zip(stack.blocks, stack.texts, strict=False)).get(call.module)
+
+
+def _is_joint(stack: Stack, call: Call) -> bool:
+    """Whether the tokens of a block are text and grid."""
+    return _text(stack, call) == stack.tokens
 
 
 def _refuse_per_token(

@@ -80,7 +80,8 @@ class Stack:
         adapted: Arguments that are others where tokens are merged.
         skips: Whether a call may leave out some of the blocks.
         texts: For each block, the name of its argument with tokens of text `[B, T, C]` that it puts before those of the
-            grid itself, as many in every block, so that it is handed a slot map of both; None where it does not.
+            grid itself, as many in every block, so that it is handed a slot map of both; None where it does not. That
+            of the tokens where these are text and grid already, `[B, T + N, C]`: such a block returns them alone.
     """
 
     blocks: tuple[str, ...]

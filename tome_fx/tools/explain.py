@@ -100,9 +100,9 @@ def explain(model: nn.Module, height: int, width: int) -> Report:
     Counted are the layers, a LoRA's among them, and attention. What surrounds the layers changes no count and is not
     called: hooks, attention processors, offloading, sharding, casting, quantization, checkpointing, compiled code.
     Not counted is what a processor does besides attention: the image prompt of an IP-Adapter, the perturbed images of
-    PAG. Of a clip of a UNet one frame is counted, of a video of a transformer as many as pipelines make (21 latent frames
-    for Wan), with a time step, a prompt as long as pipelines make it (77 tokens for UNets, 512 for Flux) and what else
-    the config asks for.
+    PAG. Of a UNet's clip one frame is counted, of a transformer's video as many as pipelines make (21 latent frames for
+    Wan), with a time step, a prompt as long as pipelines make it (77 tokens for UNets, 512 for Flux) and what else the
+    config asks for.
 
     Args:
         model: What `tome_fx.transform` returned, compiled or not. It is left as it is.
