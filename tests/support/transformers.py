@@ -13,10 +13,13 @@ import torch
 from diffusers import (
     AuraFlowTransformer2DModel,
     ChromaTransformer2DModel,
+    CogVideoXTransformer3DModel,
     CogView4Transformer2DModel,
     Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxTransformer2DModel,
+    HunyuanDiT2DModel,
+    LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3ControlNetModel,
@@ -215,6 +218,61 @@ def cogview4() -> CogView4Transformer2DModel:
     )
 
 
+@functools.cache
+def hunyuan_dit() -> HunyuanDiT2DModel:
+    """Hunyuan-DiT in small: its last block takes what its first gave."""
+    return _built(
+        lambda: HunyuanDiT2DModel(
+            in_channels=4,
+            patch_size=2,
+            sample_size=SIDE,
+            num_layers=4,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            hidden_size=16,
+            cross_attention_dim=12,
+            cross_attention_dim_t5=12,
+            pooled_projection_dim=16,
+            text_len=4,
+            text_len_t5=4,
+        )
+    )
+
+
+@functools.cache
+def cogvideox() -> CogVideoXTransformer3DModel:
+    """CogVideoX in small."""
+    return _built(
+        lambda: CogVideoXTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            time_embed_dim=8,
+            text_embed_dim=12,
+            use_rotary_positional_embeddings=True,
+        )
+    )
+
+
+@functools.cache
+def ltx() -> LTXVideoTransformer3DModel:
+    """LTX-Video in small, with tokens as wide as others have here."""
+    return _built(
+        lambda: LTXVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            patch_size=2,
+            num_layers=2,
+            attention_head_dim=12,
+            num_attention_heads=2,
+            cross_attention_dim=24,
+            caption_channels=12,
+        )
+    )
+
+
 WAN_CONFIG: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
@@ -246,7 +304,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "flux2": flux2,
     "auraflow": auraflow,
     "cogview4": cogview4,
+    "hunyuan_dit": hunyuan_dit,
     "wan": wan,
+    "cogvideox": cogvideox,
+    "ltx": ltx,
 }
 
 
@@ -334,6 +395,8 @@ def _wrap(block: Any, plan: Plan, seen: dict[str, Any], pictures: Pictures, *, f
             seen["slots"] = _match(tokens, plan, pictures)
         slots, places = seen["slots"]
         merged = ops.merge(tokens, slots)
+        if kwargs.get("skip") is not None:
+            kwargs["skip"] = ops.merge(kwargs["skip"], slots)
         outputs = []
         for b in range(len(tokens)):
             own = {name: _of_image(name, value, b, places[b], tokens) for name, value in kwargs.items()}
@@ -359,9 +422,9 @@ def _parts(block: Any, plan: Plan) -> list[str]:
     if type(block).__name__ == "BasicTransformerBlock":
         parts = {"attn1": plan.merge_attn, "attn2": plan.merge_crossattn, "ff": plan.merge_mlp}
         return [name for name, wanted in parts.items() if wanted]
-    if type(block).__name__ in ("CogView4TransformerBlock", "WanTransformerBlock"):
-        return ["attn1"]
-    return ["attn"] if getattr(block, "attn2", None) is None else ["attn", "attn2"]
+    if type(block).__name__ in ("JointTransformerBlock", "HunyuanDiTBlock"):
+        return [name for name in ("attn", "attn1", "attn2") if getattr(block, name, None) is not None]
+    return ["attn1"] if hasattr(block, "attn1") else ["attn"]
 
 
 def _wrap_match(block: Any, plan: Plan, seen: dict[str, Any], pictures: Pictures, *, first: bool) -> None:
@@ -419,6 +482,8 @@ def _weights_of_attention(kind: type[nn.Module], block: Any, sizes: Tensor, text
         return {"attention_mask": sizes[None, None].repeat(block.attn1.heads, 1, 1)}
     if kind.__name__.startswith("Flux"):
         return {"attention_mask": torch.cat([sizes.new_zeros(text), sizes])[None, None, None]}
+    if kind.__name__.startswith("CogVideoX"):
+        return {"attention_mask": torch.cat([sizes.new_zeros(text), sizes])[None, None]}
     return {}
 
 
@@ -501,4 +566,7 @@ def _weights(cls: type[nn.Module], block: Any, sizes: Tensor, given: dict[str, A
                 "attention_mask": mask[None, None, None],
             }
         }
+    if cls.__name__.startswith("CogVideoX"):
+        mask = torch.cat([sizes.new_zeros(given["encoder_hidden_states"].shape[1]), sizes])
+        return {"attention_kwargs": {**(given.get("attention_kwargs") or {}), "attention_mask": mask[None, None]}}
     return {}

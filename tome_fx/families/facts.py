@@ -22,7 +22,7 @@ class Facts:
     Args:
         inputs: What makes inputs for it; see transformer_inputs.py.
         blocks: Names of its lists of blocks, in the order in which they run.
-        image: Name of the input that shows where tokens lie.
+        image: Name of the input that shows where tokens lie, or names of several.
         grid: What makes height and width of it, of a video the number of frames before them.
         line: What makes a line of it, where it is no image; see `Stack`.
         joint: Which of the lists have blocks whose tokens are text and image, in this order, and come back alone.
@@ -48,7 +48,7 @@ class Facts:
 
     inputs: Callable[..., dict[str, Any]]
     blocks: tuple[str, ...]
-    image: str
+    image: str | tuple[str, ...]
     grid: Callable[..., tuple[int, int]]
     line: Callable[..., Tensor] | None = None
     joint: tuple[str, ...] = ()
@@ -125,6 +125,7 @@ FLUX = Facts(
     text=512,
     packed=transformer_inputs.PACKED,
 )
+NOT_HANDED = "takes no mask from its block, by which merged tokens would be weighed"
 FLUX2 = (
     "image_rotary_emb",
     "temb_mod",
@@ -213,6 +214,49 @@ FACTS: dict[str, Facts] = {
         adapted=(Adapted("image_rotary_emb", rotary.of_image),),
         unweighed="takes no mask but that of the text, and merged tokens would be weighed by one",
     ),
+    "HunyuanDiT2DModel": Facts(
+        transformer_inputs.of_hunyuan_dit,
+        blocks=("blocks",),
+        image="hidden_states",
+        grid=grids.grid_of_patches,
+        result=None,
+        attention=("attn1", "attn2"),
+        processor="attention_processor.HunyuanAttnProcessor2_0",
+        adapted=(Adapted("image_rotary_emb", rotary.of_image),),
+        own=(Adapted("skip", rotary.merged),),
+        unweighed=NOT_HANDED,
+        reads=("patch_size",),
+    ),
+    "CogVideoXTransformer3DModel": Facts(
+        transformer_inputs.of_cogvideox,
+        blocks=("transformer_blocks",),
+        image="hidden_states",
+        grid=grids.grid_of_frames_before_channels,
+        result=0,
+        attention=("attn1",),
+        processor="attention_processor.CogVideoXAttnProcessor2_0",
+        adapted=(Adapted("image_rotary_emb", rotary.of_image),),
+        weigh=(
+            Adapted("attention_kwargs", rotary.weights_of_heads_after_text, ("encoder_hidden_states",)),
+            Adapted("attention_kwargs", rotary.weights_of_heads_after_text_where_taken, ("encoder_hidden_states",)),
+        ),
+        per_token=("attention_kwargs.attention_mask",),
+        text=226,
+        frames=13,
+    ),
+    "LTXVideoTransformer3DModel": Facts(
+        transformer_inputs.of_ltx,
+        blocks=("transformer_blocks",),
+        image=("num_frames", "height", "width"),
+        grid=grids.grid_as_told,
+        result=None,
+        attention=("attn1", "attn2"),
+        adapted=(Adapted("image_rotary_emb", rotary.of_each),),
+        own=(Adapted("temb", rotary.of_each_unless_one),),
+        unweighed=NOT_HANDED,
+        text=128,
+        frames=21,
+    ),
     "WanTransformer3DModel": Facts(
         transformer_inputs.of_wan,
         blocks=("blocks",),
@@ -222,7 +266,7 @@ FACTS: dict[str, Facts] = {
         attention=("attn1", "attn2"),
         adapted=(Adapted("rotary_emb", rotary.of_each),),
         own=(Adapted("temb", rotary.of_each_where_many),),
-        unweighed="takes no mask from its block, by which merged tokens would be weighed",
+        unweighed=NOT_HANDED,
         text=512,
         returns=(("condition_embedder", of_condition_of_wan),),
         frames=21,

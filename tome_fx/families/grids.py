@@ -20,6 +20,16 @@ def grid_of_frames(video: Tensor, frames: int, patch: int) -> tuple[int, int, in
     return video.shape[2] // frames, *grid_of_patches(video, patch)
 
 
+def grid_of_frames_before_channels(video: Tensor, frames: int, patch: int) -> tuple[int, int, int]:
+    """The same of a video `[B, F, C, H, W]`."""
+    return grid_of_frames(video.transpose(1, 2), frames, patch)
+
+
+def grid_as_told(frames: int | None, height: int | None, width: int | None, *patch: int) -> tuple[int, int, int]:
+    """Frames, height and width of the tokens themselves; none where coordinates are told in their place."""
+    return frames or 0, height or 0, width or 0
+
+
 def row_of_coordinates(coordinates: Tensor) -> tuple[int, int]:
     """One row of all tokens `[N, axes]`, or `[B, N, axes]` with the same for all images."""
     return 1, coordinates.shape[-2]

@@ -127,6 +127,16 @@ def of_each_where_many(block: nn.Module, given: Tensor, slots: ops.SlotMap | Non
     return given if places is None or given.ndim == 3 else _rows(given, places)
 
 
+def of_each_unless_one(block: nn.Module, given: Tensor, slots: ops.SlotMap | None, places: Tensor | None) -> Tensor:
+    """The same where what is for all tokens is `[B, 1, C]`; a node of rewritten graphs."""
+    return given if places is None or given.shape[1] == 1 else _rows(given, places)
+
+
+def merged(block: nn.Module, tokens: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
+    """Tokens that a block takes besides those it changes, `[B, N, C]`, or None; a node of rewritten graphs."""
+    return None if tokens is None else ops.merge(tokens, slots)
+
+
 def _after_text(places: Tensor, text: int) -> Tensor:
     """The rows `[B, T + K]` of text, all of them, and of these places in an image after it."""
     alone = torch.arange(text, device=places.device).expand(places.shape[0], -1)
@@ -199,6 +209,23 @@ def weights_by_table_where_taken(
     if why_unweighed_by_default(block.attn):
         return options
     return weights_by_table(block, options, slots, places, table, *like)
+
+
+def weights_of_heads_after_text(
+    block: Any, options: dict[str, Any] | None, slots: ops.SlotMap | None, places: Tensor | None, text: Tensor
+) -> dict[str, Any] | None:
+    """As `weights_after_text`, of attention that takes a mask for all heads of all images; a node."""
+    mask = ops.log_sizes(text, slots, block.attn1.heads, before=text.shape[1])
+    return options if mask is None else {**(options or {}), "attention_mask": mask}
+
+
+def weights_of_heads_after_text_where_taken(
+    block: Any, options: dict[str, Any] | None, slots: ops.SlotMap | None, places: Tensor | None, text: Tensor
+) -> dict[str, Any] | None:
+    """The same, or the options as they are where weights cannot be taken; a node of rewritten graphs."""
+    if why_unweighed_by_default(block.attn1):
+        return options
+    return weights_of_heads_after_text(block, options, slots, places, text)
 
 
 def _weighed(

@@ -213,12 +213,14 @@ def _matched(graph: fx.Graph, stack: Stack, matching: Matching) -> list[tuple[Ca
     calls = list(calls_of(graph, stack.blocks))
     if not calls:
         return []
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    image = next((node for node in inputs if node.target == stack.image), None)
-    if image is None:
-        raise TransformError(f"expected an input {stack.image}, found {', '.join(str(node.target) for node in inputs)}")
-    with graph.inserting_before(inputs[-1].next):
-        grid = graph.call_function(stack.grid, (image, *stack.grid_arguments))
+    inputs = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
+    names = (stack.image,) if isinstance(stack.image, str) else stack.image
+    for name in names:
+        if name not in inputs:
+            raise TransformError(f"expected an input {name}, found {', '.join(inputs)}")
+    image = [inputs[name] for name in names]
+    with graph.inserting_before(list(inputs.values())[-1].next):
+        grid = graph.call_function(stack.grid, (*image, *stack.grid_arguments))
         sides = [graph.call_function(operator.getitem, (grid, side)) for side in range(2 + stack.frames)]
         *before, height, width = sides
         kept = graph.call_function(ops.kept, (height, width, graph.get_attr(stack.ratio)))
@@ -226,7 +228,7 @@ def _matched(graph: fx.Graph, stack: Stack, matching: Matching) -> list[tuple[Ca
     if stack.line is not None:
         function, first = ops.match_along, calls[0]
         with graph.inserting_before(first.node):
-            shown = image, first.argument(stack.tokens), matching.sx, matching.sy
+            shown = *image, first.argument(stack.tokens), matching.sx, matching.sy
             before = [graph.call_function(stack.line, shown)]
         matching = matching.along
     options: dict[str, Any] = {

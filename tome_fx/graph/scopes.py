@@ -62,7 +62,7 @@ class Stack:
         tokens: Name of a block's argument that holds the tokens `[B, N, C]`; by position it is the first.
         arguments: For each block, the names and default values of its positional arguments, in order, for calls through
             a function that passes positional arguments alone. None for a block that takes any number.
-        image: Name of the input of the calling module that shows the grid.
+        image: Name of the input of the calling module that shows the grid, or names of several.
         grid: What makes height and width of that input and of `grid_arguments`. Of tokens on a line it is one row.
         ratio: Path of the attribute of the calling module that holds the ratio, from `ops.as_read`.
         result: Place of the tokens in the tuple that a block returns; None where it returns them alone.
@@ -87,7 +87,7 @@ class Stack:
     blocks: tuple[str, ...]
     tokens: str
     arguments: tuple[tuple[tuple[str, Any], ...] | None, ...]
-    image: str
+    image: str | tuple[str, ...]
     grid: Callable[..., tuple[int, int]]
     ratio: str
     result: int | None = None
