@@ -282,6 +282,8 @@ def test_the_model_given_is_left_as_it_is_and_the_result_is_of_its_class_and_wei
 def test_gradients_are_those_of_the_patch(scope: dict[str, Any], name: str, checkpointing: bool) -> None:
     model, arguments = copy.deepcopy(MODELS[name]()), inputs(MODELS[name]())
     result, expected = transformed(model, prop_attn=False, **scope), patched(model, prop_attn=False, **scope)
+    if checkpointing and not model._supports_gradient_checkpointing:
+        pytest.skip(f"diffusers has no checkpointing for {name}")
     if checkpointing:  # in both, for Chroma hands its last blocks no mask then
         result.enable_gradient_checkpointing()
         expected.enable_gradient_checkpointing()

@@ -231,7 +231,7 @@ def hunyuan_dit() -> HunyuanDiT2DModel:
             num_attention_heads=2,
             hidden_size=16,
             cross_attention_dim=12,
-            cross_attention_dim_t5=12,
+            cross_attention_dim_t5=16,
             pooled_projection_dim=16,
             text_len=4,
             text_len_t5=4,

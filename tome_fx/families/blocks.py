@@ -71,7 +71,7 @@ BLOCKS = {
     "AuraFlowSingleTransformerBlock": Block((ATTENTION,), {"hidden_states": "3d", "temb": "2d"}),
     "CogView4TransformerBlock": Block((replace(JOINT, module="attn1"),), {**BOTH, **ROTARY}),
     "HunyuanDiTBlock": Block(  # whose cross-attention is handed the places of its tokens as well
-        (replace(ATTENTION, module="attn1"), replace(ATTENTION, module="attn2")), {**BOTH, **ROTARY}
+        (replace(ATTENTION, module="attn1"), replace(ATTENTION, module="attn2")), {**BOTH, **ROTARY, "skip": "3d"}
     ),
     "CogVideoXBlock": Block((replace(JOINT, module="attn1"),), {**BOTH, **ROTARY}),
     "LTXVideoTransformerBlock": Block((replace(ATTENTION, module="attn1"),), {**BOTH, "temb": "3d", **ROTARY}),
