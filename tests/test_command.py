@@ -18,6 +18,7 @@ from support.models import controlnet, one_stage, sdxl
 
 import tome_fx
 from tome_fx.__main__ import main
+from tome_fx.families.facts import FACTS
 from tome_fx.families.registry import FAMILIES
 from tome_fx.tools.info import info
 
@@ -116,9 +117,7 @@ def test_a_model_that_cannot_be_transformed_is_refused_in_words(tmp_path: Path, 
         "pass max_downsample=2 or more, or 'finest' for the finest"
     )
     AutoencoderKL().save_config(tmp_path)
-    assert refused(capsys, "explain", str(tmp_path), *SIZE).endswith(
-        "or QwenImageTransformer2DModel, got AutoencoderKL"
-    )
+    assert refused(capsys, "explain", str(tmp_path), *SIZE).endswith(f"or {list(FACTS)[-1]}, got AutoencoderKL")
 
 
 @pytest.mark.parametrize(

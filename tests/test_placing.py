@@ -1,7 +1,8 @@
 """The contract of `tome_fx.ops.placing`: a slot stands where its destination does, tokens on a line stay neighbours.
 
 Against loops over single tokens. A grid that is given by coordinates is merged as the grid itself where its sides are
-whole tiles, and as exactly everywhere else; pictures are never mixed in a cell.
+whole tiles, and as exactly everywhere else; pictures are never mixed in a cell. Frames of a video never are in a tile,
+and so cost no more than each by itself.
 """
 
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from tome_fx import ops
 from tome_fx.ops.tiling import Tiles
@@ -119,6 +123,59 @@ def test_what_is_merged_along_a_line_is_the_mean_of_each_slot_and_comes_back(pic
     assert torch.equal(found.slot.gather(1, stands), torch.arange(merged.shape[1]).expand(2, -1).int())
     destinations = destinations_of(Tiles.of(1, count, 4, 1, 16, 3, line.device))
     assert set(line[list(destinations)].tolist()) <= set(stands[0].tolist())
+
+
+@pytest.mark.parametrize("height, width", GRIDS)
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("tile", [None, 4])
+def test_no_tile_of_a_video_crosses_a_frame(height: int, width: int, seed: int | None, tile: int | None) -> None:
+    frames, count = 3, height * width
+    video = tokens(2, frames * count)
+    options: dict[str, Any] = {"sx": 2, "sy": 2, "seed": seed, "tile": tile}
+    found = ops.match_frames(video, frames, height, width, kept=count // 2, **options)
+    stands = ops.places(found, height, width, frames=frames, **options)
+    assert found is not None
+    assert stands is not None
+    assert [part.dtype for part in found] == 3 * [torch.int32]
+    assert stands.shape == (2, frames * (count // 2))
+    merged = ops.merge(video, found)
+    torch.testing.assert_close(ops.merge(ops.unmerge(merged, found), found), merged)
+    for frame in range(frames):
+        part = video[:, frame * count : (frame + 1) * count]
+        own = ops.match(part, height, width, kept=count // 2, **options)
+        assert own is not None
+        mine = slice(frame * (count // 2), (frame + 1) * (count // 2))
+        assert torch.equal(found.slot[:, frame * count : (frame + 1) * count], own.slot + mine.start)
+        assert torch.equal(merged[:, mine], ops.merge(part, own))
+        assert torch.equal(stands[:, mine] - frame * count, ops.places(own, height, width, **options))
+
+
+def test_a_video_of_more_frames_is_matched_with_work_and_memory_in_proportion() -> None:
+    def work(frames: int) -> tuple[int, int]:
+        sizes: list[int] = []
+
+        class Largest(TorchDispatchMode):
+            """Notes the size of each result."""
+
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                result = func(*args, **(kwargs or {}))
+                sizes.extend(one.numel() for one in pytree.tree_leaves(result) if isinstance(one, Tensor))
+                return result
+
+        with FlopCounterMode(display=False) as counter, Largest():
+            ops.match_frames(tokens(1, frames * 64), frames, 8, 8, kept=32, sx=2, sy=2, seed=None)
+        return counter.get_total_flops(), max(sizes)
+
+    (flops, most), (of_more, most_of_more) = work(2), work(6)
+    assert (of_more, most_of_more) == (3 * flops, 3 * most)
+
+
+def test_a_video_whose_sides_are_not_those_of_its_tokens_is_an_error_in_words() -> None:
+    options: dict[str, Any] = {"sx": 2, "sy": 2, "seed": None}
+    assert ops.match_frames(tokens(1, 60), 0, 0, 0, kept=None, **options) is None
+    assert ops.match_frames(tokens(1, 6), 6, 1, 1, kept=1, **options) is None
+    with pytest.raises(ValueError, match="60 tokens are not those of 3 frames of 4 x 4, as the model is told"):
+        ops.match_frames(tokens(1, 60), 3, 4, 4, kept=8, **options)
 
 
 def test_text_before_the_grid_is_alone_in_its_slots() -> None:

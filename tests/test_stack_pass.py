@@ -198,6 +198,73 @@ def test_tokens_on_a_line_are_merged_as_on_their_grid(tile: int | None) -> None:
     assert calls(type(line).graph)["match_along"] == 1  # type: ignore[attr-defined]
 
 
+class Video(Holder):
+    """The same for a video, whose frames come before its rows and columns in the row of tokens."""
+
+
+def of_frames(image: Tensor) -> tuple[int, int, int]:
+    height, width = ops.grid_of(image)
+    return height // 3, 3, width
+
+
+def test_frames_are_merged_each_by_itself() -> None:
+    module, given = Video(), tensors()
+    result = rewritten(module, grid=of_frames, frames=True)(**given)
+    (match,) = type(module).graph.find_nodes(op="call_function", target=ops.match_frames)
+    (places,) = type(module).graph.find_nodes(op="call_function", target=ops.places)
+    assert places.kwargs["frames"] is match.args[1]
+    plain = Holder()
+    x = given["image"].flatten(2).mT
+    slots = ops.match_frames(x, HEIGHT // 3, 3, WIDTH, kept=3 * WIDTH - 3 * WIDTH // 2, sx=2, sy=2, seed=None)
+    rows = ops.places(slots, 3, WIDTH, sx=2, sy=2, seed=None, frames=HEIGHT // 3)
+    tokens, text = ops.merge(x, slots), x[:, :2]
+    for block in plain.blocks:
+        text, tokens = block(text, x=tokens, table=given["table"][rows])
+    expected = text, ops.changed(x, ops.merge(x, slots), tokens, slots)
+    for one, other in zip(result, expected, strict=True):
+        assert relative_error(one, other) < 1e-6
+
+
+class Joined(nn.Module):
+    """Blocks over text and image in one sequence, which comes back alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+        self.ratio = ops.as_read(0.5, dynamic=False)
+        self.requires_grad_(False)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        x = torch.cat([text, image.flatten(2).mT], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_text_in_the_sequence_of_the_tokens_is_left_alone(once: bool) -> None:
+    module, image, text = Joined(), tensors()["image"], torch.ones(2, 5, 3)
+    plain, expected = module(image, text), torch.cat([text, image.flatten(2).mT], dim=1)
+    for block in module.blocks:
+        x = expected[:, 5:]
+        if block is module.blocks[0] or not once:
+            slots = ops.match(x, HEIGHT, WIDTH, kept=KEPT, sx=2, sy=2, seed=None)
+        own = ops.changed(x, ops.merge(x, slots), block(ops.merge(x, slots)), slots)
+        expected = torch.cat([block(expected[:, :5]), own], dim=1)
+    blocks = ("blocks.0", "blocks.1")
+    rewrite = StackPass(
+        stack(blocks=blocks, arguments=2 * ((("input", ...),),), adapted=(), result=1, texts=("x", "x")),
+        Matching(once=once),
+    )
+    module.__class__ = specialize(module, rewrite, example={"image": "4d", "text": "3d"})
+    assert relative_error(module(image, text), expected) < 1e-6
+    assert calls(type(module).graph)["merge"] == (1 if once else 2)
+    module.ratio = ops.as_read(0.0, dynamic=False)
+    assert torch.equal(module(image, text), plain)
+
+
 def test_a_pass_asks_for_a_call_of_a_block_and_for_no_second_one() -> None:
     with pytest.raises(TransformError, match=r"expected one call each of blocks.7, found calls of blocks.0"):
         rewritten(Holder(), blocks=("blocks.7",), arguments=(PARAMETERS,))

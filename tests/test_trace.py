@@ -259,6 +259,40 @@ def test_lists_of_tensors_and_of_numbers_reach_a_forward_as_lists() -> None:
     assert len(type(result).graphs) == before + len(calls_with_lists()) - 1
 
 
+class Halves(nn.Module):
+    """Returns two values, the second of them where it is given one."""
+
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return x.mean(1), None if extra is None else extra * 2
+
+
+class Branching(nn.Module):
+    """A forward that goes by the rank of what its child returns, and by whether it is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halves = Halves()
+
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
+        mean, more = self.halves(x, extra)
+        if mean.ndim == 2:
+            mean = mean[:, None]
+        return x + mean if more is None else x + mean + more
+
+
+def test_a_forward_may_branch_on_what_a_child_returns_where_its_kinds_are_told() -> None:
+    def of_halves(x: Any, extra: Any = None) -> tuple[Hashable, ...]:
+        return "2d", None if extra is None else "3d"
+
+    module: Any = Branching()
+    result: Any = copy.deepcopy(module)
+    result.__class__ = specialize(module, nothing, example=TOKENS, returns=(("halves", of_halves),))
+    x = inputs()["x"]
+    for arguments in ((x,), (x, x)):
+        assert torch.equal(result(*arguments), module(*arguments))
+    assert len(type(result).graphs) == 2
+
+
 def test_lists_are_taken_while_compiling_whatever_numbers_are_in_them(fresh_dynamo: None, counter: Any) -> None:
     module = Lists()
     compiled: Any = torch.compile(specialized(module, reads=("last",)), backend=counter, fullgraph=True)

@@ -14,23 +14,43 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import (
+    AuraFlowPipeline,
     AutoencoderKL,
+    ChromaPipeline,
+    CogVideoXPipeline,
+    CogView4Pipeline,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
     FluxControlNetPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
+    HunyuanDiTPipeline,
+    LTXPipeline,
     PixArtSigmaPipeline,
     QwenImagePipeline,
     StableDiffusion3ControlNetPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
+    WanPipeline,
 )
 from support.features import AFTER, CONDITION, CPU, WORKS, supports
 from support.models import relative_error
-from support.transformers import flux, flux_controlnet, inputs, output, patched, pixart, qwen, sd3, sd3_controlnet
+from support.transformers import (
+    MODELS,
+    flux,
+    flux_controlnet,
+    inputs,
+    ltx,
+    output,
+    patched,
+    pixart,
+    qwen,
+    sd3,
+    sd3_controlnet,
+)
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -162,6 +182,61 @@ def of_qwen(change: Change) -> tuple[Any, dict[str, Any]]:
     return pipe, prompt(pooled=False, mask="prompt_embeds_mask")
 
 
+def of_chroma(change: Change) -> tuple[Any, dict[str, Any]]:
+    call = prompt(pooled=False, mask="prompt_attention_mask")
+    return plain(ChromaPipeline, change, "chroma"), {n: v.float() for n, v in call.items()}
+
+
+def of_flux2(change: Change) -> tuple[Any, dict[str, Any]]:
+    return plain(Flux2Pipeline, change, "flux2"), prompt(pooled=False, negative=False)
+
+
+def of_auraflow(change: Change) -> tuple[Any, dict[str, Any]]:
+    return plain(AuraFlowPipeline, change, "auraflow"), prompt(pooled=False, mask="prompt_attention_mask")
+
+
+def of_cogview4(change: Change) -> tuple[Any, dict[str, Any]]:
+    return plain(CogView4Pipeline, change, "cogview4"), prompt(pooled=False)
+
+
+def of_hunyuan_dit(change: Change) -> tuple[Any, dict[str, Any]]:
+    pipe = HunyuanDiTPipeline(
+        scheduler=DDIMScheduler(clip_sample=False),
+        vae=None,
+        transformer=change(MODELS["hunyuan_dit"]()),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **TWO,
+    )
+    call: dict[str, Any] = {"use_resolution_binning": False}
+    for number, name in enumerate(("prompt", "negative_prompt")):
+        for place, width in (("", 12), ("_2", 16)):
+            call[f"{name}_embeds{place}"] = random(1, 4, width, seed=number)
+            call[f"{name}_attention_mask{place}"] = torch.tensor([[1, 1, 1, number]])
+    return pipe, call
+
+
+def of_wan(change: Change) -> tuple[Any, dict[str, Any]]:
+    return plain(WanPipeline, change, "wan"), {**prompt(pooled=False), "num_frames": 9}
+
+
+def of_cogvideox(change: Change) -> tuple[Any, dict[str, Any]]:
+    scheduler = DDIMScheduler(clip_sample=False)
+    return plain(CogVideoXPipeline, change, "cogvideox", scheduler), {**prompt(pooled=False), "num_frames": 9}
+
+
+def of_ltx(change: Change) -> tuple[Any, dict[str, Any]]:
+    pipe = LTXPipeline(euler(), None, transformer=change(ltx(patch=1)), **WITHOUT_TEXT)
+    call = prompt(pooled=False, mask="prompt_attention_mask")
+    return pipe, {**call, "num_frames": 17, "height": 2 * PIXELS, "width": 2 * PIXELS}
+
+
+def plain(pipeline: Any, change: Change, name: str, scheduler: Any = None) -> Any:
+    """A pipeline of one transformer and a scheduler."""
+    return pipeline(scheduler=scheduler or euler(), vae=None, transformer=change(MODELS[name]()), **WITHOUT_TEXT)
+
+
 TITLES = {
     "flux": "Flux.1",
     "flux_with_guidance": "Flux.1, true classifier-free guidance",
@@ -175,6 +250,14 @@ TITLES = {
     "sd3_controlnet": "Stable Diffusion 3 ControlNet",
     "pixart": "PixArt-Σ",
     "qwen": "Qwen-Image",
+    "chroma": "Chroma",
+    "flux2": "Flux.2",
+    "auraflow": "AuraFlow",
+    "cogview4": "CogView 4",
+    "hunyuan_dit": "Hunyuan-DiT",
+    "wan": "Wan 2.1, text to video",
+    "cogvideox": "CogVideoX, text to video",
+    "ltx": "LTX-Video, text to video",
 }
 PIPELINES = {name.removeprefix("of_"): value for name, value in list(globals().items()) if name.startswith("of_")}
 scopes = pytest.mark.parametrize("scope", [{"merge_block": True}, {"merge_block": False}], ids=["blocks", "attention"])
@@ -230,7 +313,7 @@ def test_a_picture_may_have_another_size_than_the_model_is_made_for(scope: dict[
     assert relative_error(latents(*PIPELINES[name](merged(**scope)), **wide), stock) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "qwen"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "qwen", "wan"])
 @scopes
 def test_a_schedule_sets_the_ratio_through_the_pipelines_callback(scope: dict[str, Any], name: str) -> None:
     pipe, call = PIPELINES[name](merged(**scope))
@@ -363,7 +446,7 @@ HOLDERS = pytest.mark.parametrize(
         }.items()
     ],
 )
-HELD = pytest.mark.parametrize("name", ["flux", "sd3", "pixart", "qwen"])
+HELD = pytest.mark.parametrize("name", ["flux", "sd3", "pixart", "qwen", "wan"])
 
 
 @HOLDERS

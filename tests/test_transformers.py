@@ -29,6 +29,7 @@ from support.features import supports
 from support.models import relative_error
 from support.state import state
 from support.transformers import (
+    FRAMES,
     MODELS,
     SIDE,
     flattened,
@@ -40,6 +41,7 @@ from support.transformers import (
     pixart,
     qwen,
     sd3,
+    wan_of_an_image,
 )
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,10 +52,25 @@ from tome_fx.families.registry import family_of
 from tome_fx.families.skeleton import skeleton
 from tome_fx.plan import TransformError
 
-models = pytest.mark.parametrize("name", MODELS)
-# Where a test takes long, one model of those whose tokens lie on a line stands for all, but for a thorough run.
+# Of those whose text is in the tokens' sequence one stands for all, and of those of videos, but for a thorough run.
+FIRST = ("pixart", "sd3", "sd3_controlnet", "sd3_controlnet_without_text", "flux", "flux_controlnet", "qwen")
+QUICK = (*FIRST, "chroma", "wan")
+models = pytest.mark.parametrize("name", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
+# Where a test takes long, one model of those whose tokens lie on a line does.
 scopes = pytest.mark.parametrize("scope", [{"merge_block": True}, {"merge_block": False}], ids=["blocks", "attention"])
 some = pytest.mark.parametrize("name", [m if m == "flux" else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
+# Attention by itself is compiled of these, and of the first of a video.
+compiled_models = pytest.mark.parametrize(
+    "scope, name",
+    [
+        pytest.param(
+            {"merge_block": whole}, name, id=f"{kind}-{name}", marks=() if name == "flux" else pytest.mark.slow
+        )
+        for whole, kind in ((True, "blocks"), (False, "attention"))
+        for name in MODELS
+        if whole or name in (*FIRST, "wan")
+    ],
+)
 
 
 def transformed(model: Any, ratio: float = 0.5, **options: Any) -> Any:
@@ -197,7 +214,7 @@ def test_a_processor_that_returns_other_values_than_known_is_an_error_in_words()
 
 
 @supports("FirstBlockCache", "works with a condition", "attention alone is merged", group="Diffusion transformers")
-@pytest.mark.parametrize("name", ["flux", "qwen"])
+@pytest.mark.parametrize("name", ["flux", "qwen", "wan"])
 def test_a_cache_of_blocks_serves_models_whose_attention_alone_is_merged(name: str) -> None:
     result = transformed(MODELS[name](), merge_block=False)
     expected = output(result, inputs(result))
@@ -329,7 +346,13 @@ def test_half_precision_is_as_near_to_the_whole_as_the_patch_is(
 
 
 @supports("PEFT LoRA with a scale", "works", group="Diffusion transformers")
-@pytest.mark.parametrize("name", ["sd3", "flux", "qwen", "chroma", "flux2", "auraflow", "cogview4", "wan"])
+@pytest.mark.parametrize(
+    "name",
+    ["sd3", "flux", "qwen", "wan"]
+    + [
+        pytest.param(m, marks=pytest.mark.slow) for m in ("chroma", "flux2", "auraflow", "cogview4", "cogvideox", "ltx")
+    ],
+)
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 @scopes
 def test_a_lora_has_its_scale(scope: dict[str, Any], name: str, ratio: float) -> None:
@@ -427,6 +450,53 @@ def test_images_that_are_no_squares_are_merged_as_a_plain_patch_merges_them(scop
     assert relative_error(result, output(model, arguments)) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["wan", *[pytest.param(m, marks=pytest.mark.slow) for m in ("cogvideox", "ltx")]])
+@scopes
+def test_frames_that_are_no_whole_tiles_are_merged_as_a_plain_patch_merges_each(
+    scope: dict[str, Any], name: str
+) -> None:
+    model, arguments = MODELS[name](), inputs(MODELS[name](), 10, 14)
+    result = output(transformed(model, tile=4, **scope), arguments)
+    assert relative_error(result, output(patched(model, tile=4, pictures=((5, 7),), **scope), arguments)) < 1e-6
+    assert relative_error(result, output(model, arguments)) > 1e-3
+
+
+@scopes
+def test_a_video_may_be_made_of_an_image(scope: dict[str, Any]) -> None:
+    model = wan_of_an_image()
+    arguments = inputs(model, text=512)
+    result = output(transformed(model, **scope), arguments)
+    assert relative_error(result, output(patched(model, **scope), arguments)) < 1e-6
+    assert relative_error(result, output(model, arguments)) > 1e-3
+    assert torch.equal(output(transformed(model, 0, **scope), arguments), output(model, arguments))
+
+
+@supports("Wan and LTX-Video with a time step for each token", "works", group="Diffusion transformers")
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+@scopes
+def test_each_token_of_a_video_may_have_a_time_step_of_its_own(scope: dict[str, Any], name: str) -> None:
+    model, arguments = MODELS[name](), inputs(MODELS[name]())
+    steps = torch.rand(2, FRAMES * (SIDE // 2) ** 2, generator=torch.Generator().manual_seed(0))
+    told = {**arguments, "timestep": 100 * steps}
+    result = output(transformed(model, **scope), told)
+    assert relative_error(result, output(patched(model, **scope), told)) < 1e-6
+    assert relative_error(result, output(transformed(model, **scope), arguments)) > 1e-3
+    assert torch.equal(output(transformed(model, 0, **scope), told), output(model, told))
+
+
+@supports("LTX-Video told coordinates, as for conditions", "refused", group="Diffusion transformers")
+@scopes
+def test_a_video_that_is_told_by_coordinates_alone_is_refused_in_words(scope: dict[str, Any]) -> None:
+    arguments = inputs(MODELS["ltx"]())
+    sides = {name: arguments.pop(name) for name in ("num_frames", "height", "width")}
+    places = torch.cartesian_prod(*[torch.arange(float(side)) for side in sides.values()])
+    arguments["video_coords"] = places.mT.expand(2, -1, -1)
+    model = MODELS["ltx"]()
+    assert torch.equal(output(transformed(model, 0, **scope), arguments), output(model, arguments))
+    with pytest.raises(ValueError, match="192 tokens are not those of 0 frames of 0 x 0, as the model is told"):
+        output(transformed(model, **scope), arguments)
+
+
 @scopes
 def test_several_pictures_of_qwen_are_told_by_their_shapes(scope: dict[str, Any]) -> None:
     one = inputs(qwen())
@@ -436,8 +506,7 @@ def test_several_pictures_of_qwen_are_told_by_their_shapes(scope: dict[str, Any]
     assert torch.equal(output(transformed(qwen(), 0, **scope), arguments), output(qwen(), arguments))
 
 
-@some
-@scopes
+@compiled_models
 def test_a_model_compiles_as_one_graph_for_each_ratio_and_never_again(
     scope: dict[str, Any], name: str, fresh_dynamo: None, counter: Any
 ) -> None:
@@ -451,8 +520,7 @@ def test_a_model_compiles_as_one_graph_for_each_ratio_and_never_again(
     assert_no_break_and(counter, compiles=2)
 
 
-@some
-@scopes
+@compiled_models
 def test_sizes_compile_no_more_often_than_in_the_original_and_never_on_return(
     scope: dict[str, Any], name: str, fresh_dynamo: None, counter: Any
 ) -> None:
@@ -471,8 +539,7 @@ def test_sizes_compile_no_more_often_than_in_the_original_and_never_on_return(
     assert stock[1:] == [stock[1]] * 3
 
 
-@some
-@scopes
+@compiled_models
 def test_a_dynamic_ratio_is_one_compile(scope: dict[str, Any], name: str, fresh_dynamo: None, counter: Any) -> None:
     model = MODELS[name]()
     result, arguments = transformed(model, dynamic_ratio=True, **scope), inputs(model)
@@ -484,8 +551,10 @@ def test_a_dynamic_ratio_is_one_compile(scope: dict[str, Any], name: str, fresh_
     assert_no_break_and(counter, compiles=1)
 
 
-@supports("compile_repeated_blocks of Flux and Qwen-Image", "works", group="Diffusion transformers")
-@pytest.mark.parametrize("name", ["flux", "qwen"])  # diffusers has no repeated blocks for the others
+@supports("compile_repeated_blocks, where diffusers names them", "works", group="Diffusion transformers")
+@pytest.mark.parametrize(
+    "name", ["flux", "qwen", *[pytest.param(m, marks=pytest.mark.slow) for m in ("chroma", "flux2", "wan", "ltx")]]
+)
 @scopes
 def test_compiled_by_blocks_a_model_has_no_more_graphs_than_the_original(
     scope: dict[str, Any], name: str, fresh_dynamo: None, counter: Any

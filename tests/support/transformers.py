@@ -257,13 +257,13 @@ def cogvideox() -> CogVideoXTransformer3DModel:
 
 
 @functools.cache
-def ltx() -> LTXVideoTransformer3DModel:
-    """LTX-Video in small, with tokens as wide as others have here."""
+def ltx(patch: int = 2) -> LTXVideoTransformer3DModel:
+    """LTX-Video in small, with tokens as wide as others have here, and not as its own."""
     return _built(
         lambda: LTXVideoTransformer3DModel(
             in_channels=4,
             out_channels=4,
-            patch_size=2,
+            patch_size=patch,
             num_layers=2,
             attention_head_dim=12,
             num_attention_heads=2,
@@ -292,6 +292,12 @@ def wan() -> WanTransformer3DModel:
     return _built(lambda: WanTransformer3DModel(**WAN_CONFIG))
 
 
+@functools.cache
+def wan_of_an_image() -> WanTransformer3DModel:
+    """Wan that is told an image, whose processors take 512 tokens of a prompt for granted."""
+    return _built(lambda: WanTransformer3DModel(**WAN_CONFIG, image_dim=6, added_kv_proj_dim=24))
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "pixart": pixart,
     "sd3": sd3,
@@ -316,11 +322,13 @@ def frames_of(model: Any) -> int:
     return FRAMES if "3DModel" in type(model).__name__ else 1
 
 
-def inputs(model: Any, height: int = SIDE, width: int = SIDE, *, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+def inputs(
+    model: Any, height: int = SIDE, width: int = SIDE, *, batch: int = 2, seed: int = 0, text: int = TEXT
+) -> dict[str, Any]:
     """Arguments for a forward of the model, in its dtype: the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        options = {"text_tokens": TEXT, "frames": frames_of(model)}
+        options = {"text_tokens": text, "frames": frames_of(model)}
         found = family_of(model).example_inputs(model, height, width, batch=batch, **options)  # type: ignore[arg-type]
     return {name: _cast(value, model.dtype) for name, value in found.items()}
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 PACKED = 2  # latents along a side of a token that is put in as such: pipelines pack squares of them
+SEEN = 257  # tokens of an image that Wan is told, by CLIP
 PIXELS = 8  # of a latent along a side
 
 Random = Callable[..., Tensor]  # of a shape without the batch
@@ -223,5 +224,7 @@ def of_wan(model: Any, height: int, width: int, text_tokens: int, random: Random
         "encoder_hidden_states": random(text_tokens, config.text_dim),
     }
     return (
-        inputs if config.image_dim is None else {**inputs, "encoder_hidden_states_image": random(1, config.image_dim)}
+        inputs
+        if config.image_dim is None
+        else {**inputs, "encoder_hidden_states_image": random(SEEN, config.image_dim)}
     )

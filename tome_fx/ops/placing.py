@@ -103,13 +103,15 @@ def match_frames(
         A slot map of N tokens to `frames * kept`.
 
     Raises:
-        ValueError: N is another number.
+        ValueError: N is another number, or the batch is empty.
     """
     if kept is None:
         return None
     batch, count = tokens.shape[:2]
     if count != frames * height * width:
-        raise ValueError(f"{count} tokens are not those of {frames} frames of {height} x {width}")
+        raise ValueError(
+            f"{count} tokens are not those of {frames} frames of {height} x {width}, as the model is told that they lie"
+        )
     each = tokens.detach().reshape(batch * frames, height * width, tokens.shape[2])
     slots = match(each, height, width, kept=kept, sx=sx, sy=sy, seed=seed, tile=tile)
     if slots is None:
