@@ -147,7 +147,9 @@ def test_no_tile_of_a_video_crosses_a_frame(height: int, width: int, seed: int |
         mine = slice(frame * (count // 2), (frame + 1) * (count // 2))
         assert torch.equal(found.slot[:, frame * count : (frame + 1) * count], own.slot + mine.start)
         assert torch.equal(merged[:, mine], ops.merge(part, own))
-        assert torch.equal(stands[:, mine] - frame * count, ops.places(own, height, width, **options))
+        standing = ops.places(own, height, width, **options)
+        assert standing is not None
+        assert torch.equal(stands[:, mine] - frame * count, standing)
 
 
 def test_a_video_of_more_frames_is_matched_with_work_and_memory_in_proportion() -> None:
@@ -162,7 +164,8 @@ def test_a_video_of_more_frames_is_matched_with_work_and_memory_in_proportion() 
                 sizes.extend(one.numel() for one in pytree.tree_leaves(result) if isinstance(one, Tensor))
                 return result
 
-        with FlopCounterMode(display=False) as counter, Largest():
+        largest: Any = Largest
+        with FlopCounterMode(display=False) as counter, largest():
             ops.match_frames(tokens(1, frames * 64), frames, 8, 8, kept=32, sx=2, sy=2, seed=None)
         return counter.get_total_flops(), max(sizes)
 

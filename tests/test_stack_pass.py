@@ -208,7 +208,8 @@ def of_frames(image: Tensor) -> tuple[int, int, int]:
 
 
 def test_frames_are_merged_each_by_itself() -> None:
-    module, given = Video(), tensors()
+    module: Any = Video()
+    given = tensors()
     result = rewritten(module, grid=of_frames, frames=True)(**given)
     (match,) = type(module).graph.find_nodes(op="call_function", target=ops.match_frames)
     (places,) = type(module).graph.find_nodes(op="call_function", target=ops.places)
@@ -245,7 +246,8 @@ class Joined(nn.Module):
 
 @pytest.mark.parametrize("once", [True, False])
 def test_text_in_the_sequence_of_the_tokens_is_left_alone(once: bool) -> None:
-    module, image, text = Joined(), tensors()["image"], torch.ones(2, 5, 3)
+    module: Any = Joined()
+    image, text = tensors()["image"], torch.ones(2, 5, 3)
     plain, expected = module(image, text), torch.cat([text, image.flatten(2).mT], dim=1)
     for block in module.blocks:
         x = expected[:, 5:]

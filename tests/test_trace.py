@@ -274,7 +274,8 @@ class Branching(nn.Module):
         self.halves = Halves()
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
-        mean, more = self.halves(x, extra)
+        found: tuple[Tensor, Tensor | None] = self.halves(x, extra)
+        mean, more = found
         if mean.ndim == 2:
             mean = mean[:, None]
         return x + mean if more is None else x + mean + more

@@ -93,7 +93,8 @@ def test_tokens_of_two_pictures_are_not_drawn() -> None:
 
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # by diffusers' own ControlNet
 @pytest.mark.parametrize(
-    ("name", "part"), [("flux", "transformer"), ("flux_controlnet", ""), ("sd3", ""), ("pixart", ""), ("qwen", "")]
+    ("name", "part"),
+    [("flux", "transformer"), ("flux_controlnet", ""), ("sd3", ""), ("pixart", ""), ("qwen", ""), ("wan", "")],
 )
 def test_the_command_explains_a_transformer_of_a_folder(name: str, part: str, tmp_path: Path, capsys: Any) -> None:
     MODELS[name]().save_config(tmp_path / part)

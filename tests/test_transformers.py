@@ -700,7 +700,7 @@ def test_models_that_are_not_known_are_refused_with_those_that_are() -> None:
         transformed(nn.Linear(2, 2))
 
 
-@supports("Sana, Z-Image, Lumina 2", "refused", group="Diffusion transformers")
+@supports("Sana, Z-Image, Lumina 2, HunyuanVideo", "refused", group="Diffusion transformers")
 def test_models_that_cannot_have_merged_tokens_are_refused_with_the_reason() -> None:
     sana = SanaTransformer2DModel(
         in_channels=4,

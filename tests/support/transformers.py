@@ -323,12 +323,12 @@ def frames_of(model: Any) -> int:
 
 
 def inputs(
-    model: Any, height: int = SIDE, width: int = SIDE, *, batch: int = 2, seed: int = 0, text: int = TEXT
+    model: Any, height: int = SIDE, width: int = SIDE, *, batch: int = 2, seed: int = 0, text: int | None = None
 ) -> dict[str, Any]:
     """Arguments for a forward of the model, in its dtype: the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        options = {"text_tokens": text, "frames": frames_of(model)}
+        options = {"text_tokens": TEXT if text is None else text, "frames": frames_of(model)}
         found = family_of(model).example_inputs(model, height, width, batch=batch, **options)  # type: ignore[arg-type]
     return {name: _cast(value, model.dtype) for name, value in found.items()}
 
@@ -418,8 +418,9 @@ def _wrap(block: Any, plan: Plan, seen: dict[str, Any], pictures: Pictures, *, f
         both = []
         for parts in zip(*outputs, strict=True):  # of image and text, in either order
             part = None if parts[0] is None else torch.cat(parts)
-            of_image = part is not None and part.shape[1] == merged.shape[1]
-            both.append(ops.changed(tokens, merged, part, slots) if of_image else part)
+            if part is not None and part.shape[1] == merged.shape[1]:
+                part = ops.changed(tokens, merged, part, slots)
+            both.append(part)
         return tuple(both)
 
     block.__class__ = type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})

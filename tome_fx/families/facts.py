@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tome_fx.families import grids, rotary, transformer_inputs
+from tome_fx.families import grids, rotary, transformer_inputs, video_inputs
 from tome_fx.graph.scopes import Adapted
 from tome_fx.graph.structure import Returns
 from tome_fx.plan import Plan
@@ -49,7 +49,7 @@ class Facts:
     inputs: Callable[..., dict[str, Any]]
     blocks: tuple[str, ...]
     image: str | tuple[str, ...]
-    grid: Callable[..., tuple[int, int]]
+    grid: Callable[..., tuple[int, ...]]
     line: Callable[..., Tensor] | None = None
     joint: tuple[str, ...] = ()
     result: int | None = 1
@@ -118,19 +118,19 @@ FLUX = Facts(
     line=grids.line_of_coordinates,
     adapted=(Adapted("image_rotary_emb", rotary.after_text),),
     weigh=(
-        Adapted("joint_attention_kwargs", rotary.weights_after_text, ("encoder_hidden_states",)),
-        Adapted("joint_attention_kwargs", rotary.weights_after_text_where_taken, ("encoder_hidden_states",)),
+        Adapted("joint_attention_kwargs", rotary.weights_after_text, ("image_rotary_emb", "encoder_hidden_states")),
+        Adapted(
+            "joint_attention_kwargs",
+            rotary.weights_after_text_where_taken,
+            ("image_rotary_emb", "encoder_hidden_states"),
+        ),
     ),
     per_token=("joint_attention_kwargs.attention_mask", "joint_attention_kwargs.ip_adapter_masks"),
     text=512,
     packed=transformer_inputs.PACKED,
 )
 NOT_HANDED = "takes no mask from its block, by which merged tokens would be weighed"
-FLUX2 = (
-    "image_rotary_emb",
-    "temb_mod",
-    "temb_mod_img",
-)  # what shows how long the text is, and of which type tokens are
+FLUX2 = ("image_rotary_emb", "temb_mod", "temb_mod_img")  # of which a block has one of the latter
 FACTS: dict[str, Facts] = {
     "PixArtTransformer2DModel": Facts(
         transformer_inputs.of_pixart,
@@ -185,8 +185,8 @@ FACTS: dict[str, Facts] = {
         line=grids.line_of_coordinates_and_layer,
         adapted=(Adapted("image_rotary_emb", rotary.after_text),),
         weigh=(
-            Adapted("joint_attention_kwargs", rotary.weights_by_table, FLUX2),
-            Adapted("joint_attention_kwargs", rotary.weights_by_table_where_taken, FLUX2),
+            Adapted("joint_attention_kwargs", rotary.weights_after_text, FLUX2),
+            Adapted("joint_attention_kwargs", rotary.weights_after_text_where_taken, FLUX2),
         ),
         per_token=("joint_attention_kwargs.attention_mask",),
         text=512,
@@ -228,7 +228,7 @@ FACTS: dict[str, Facts] = {
         reads=("patch_size",),
     ),
     "CogVideoXTransformer3DModel": Facts(
-        transformer_inputs.of_cogvideox,
+        video_inputs.of_cogvideox,
         blocks=("transformer_blocks",),
         image="hidden_states",
         grid=grids.grid_of_frames_before_channels,
@@ -245,7 +245,7 @@ FACTS: dict[str, Facts] = {
         frames=13,
     ),
     "LTXVideoTransformer3DModel": Facts(
-        transformer_inputs.of_ltx,
+        video_inputs.of_ltx,
         blocks=("transformer_blocks",),
         image=("num_frames", "height", "width"),
         grid=grids.grid_as_told,
@@ -258,7 +258,7 @@ FACTS: dict[str, Facts] = {
         frames=21,
     ),
     "WanTransformer3DModel": Facts(
-        transformer_inputs.of_wan,
+        video_inputs.of_wan,
         blocks=("blocks",),
         image="hidden_states",
         grid=grids.grid_of_frames,
@@ -278,5 +278,6 @@ CANNOT = {
     "SanaTransformer2DModel": "its feed-forwards are convolutions over the grid, on which merged tokens do not lie",
     "SanaControlNetModel": "its feed-forwards are convolutions over the grid, on which merged tokens do not lie",
     "ZImageTransformer2DModel": "its forward takes lists of images apart by their values, which no graph can",
+    "HunyuanVideoTransformer3DModel": "its forward makes a mask of a size that it counts, which cannot be traced",
     "Lumina2Transformer2DModel": "its forward goes by the lengths of prompts, which are data, and breaks a graph",
 }

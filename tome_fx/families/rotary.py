@@ -150,7 +150,12 @@ def _rows(table: Tensor, places: Tensor) -> Tensor:
 
 
 def weights_after_text(
-    block: Any, options: dict[str, Any] | None, slots: ops.SlotMap | None, places: Tensor | None, text: Tensor
+    block: Any,
+    options: dict[str, Any] | None,
+    slots: ops.SlotMap | None,
+    places: Tensor | None,
+    table: tuple[Tensor, Tensor],
+    *like: Tensor | None,
 ) -> dict[str, Any] | None:
     """Options of a block's attention with a mask that weighs merged tokens and leaves text as it is; a node.
 
@@ -159,21 +164,17 @@ def weights_after_text(
         options: What attention is given by name, or None.
         slots: The slot map.
         places: From `ops.places`.
-        text: `[B, T, C]`, the tokens of text, which come before the image's.
+        table: Two tensors `[T + N, D]`, of the text, which comes first, and the image.
+        like: Tensors of the tokens' dtype, or None: kinds of blocks have them by different names.
     """
-    return _weighed(options, slots, text, text.shape[1])
+    if slots is None:
+        return options
+    some = next(tensor for tensor in like if tensor is not None)
+    mask = ops.log_sizes(some, slots, before=table[0].shape[0] - slots.slot.shape[1])
+    return options if mask is None else {**(options or {}), "attention_mask": mask[:, None]}
 
 
 def weights_after_text_where_taken(
-    block: Any, options: dict[str, Any] | None, slots: ops.SlotMap | None, places: Tensor | None, text: Tensor
-) -> dict[str, Any] | None:
-    """The same, or the options as they are where weights cannot be taken; a node of rewritten graphs."""
-    if why_unweighed_by_default(block.attn):
-        return options
-    return weights_after_text(block, options, slots, places, text)
-
-
-def weights_by_table(
     block: Any,
     options: dict[str, Any] | None,
     slots: ops.SlotMap | None,
@@ -181,40 +182,24 @@ def weights_by_table(
     table: tuple[Tensor, Tensor],
     *like: Tensor | None,
 ) -> dict[str, Any] | None:
-    """The same where how long the text is shows in the table of places of both; a node of rewritten graphs.
+    """The same, or the options as they are where weights cannot be taken; a node of rewritten graphs."""
+    if why_unweighed_by_default(block.attn):
+        return options
+    return weights_after_text(block, options, slots, places, table, *like)
+
+
+def weights_of_heads_after_text(
+    block: Any, options: dict[str, Any] | None, slots: ops.SlotMap | None, places: Tensor | None, text: Tensor
+) -> dict[str, Any] | None:
+    """The same of attention that takes a mask `[B * heads, 1, T + K]`; a node of rewritten graphs.
 
     Args:
         block: The block.
         options: What attention is given by name, or None.
         slots: The slot map.
         places: From `ops.places`.
-        table: Two tensors `[T + N, D]`.
-        like: Tensors of the tokens' dtype, or None: kinds of blocks have them by different names.
+        text: `[B, T, C]`, the tokens of text, which come before the image's.
     """
-    if slots is None:
-        return options
-    some = next(tensor for tensor in like if tensor is not None)
-    return _weighed(options, slots, some, table[0].shape[0] - slots.slot.shape[1])
-
-
-def weights_by_table_where_taken(
-    block: Any,
-    options: dict[str, Any] | None,
-    slots: ops.SlotMap | None,
-    places: Tensor | None,
-    table: tuple[Tensor, Tensor],
-    *like: Tensor | None,
-) -> dict[str, Any] | None:
-    """The same, or the options as they are where weights cannot be taken; a node of rewritten graphs."""
-    if why_unweighed_by_default(block.attn):
-        return options
-    return weights_by_table(block, options, slots, places, table, *like)
-
-
-def weights_of_heads_after_text(
-    block: Any, options: dict[str, Any] | None, slots: ops.SlotMap | None, places: Tensor | None, text: Tensor
-) -> dict[str, Any] | None:
-    """As `weights_after_text`, of attention that takes a mask for all heads of all images; a node."""
     mask = ops.log_sizes(text, slots, block.attn1.heads, before=text.shape[1])
     return options if mask is None else {**(options or {}), "attention_mask": mask}
 
@@ -226,11 +211,3 @@ def weights_of_heads_after_text_where_taken(
     if why_unweighed_by_default(block.attn1):
         return options
     return weights_of_heads_after_text(block, options, slots, places, text)
-
-
-def _weighed(
-    options: dict[str, Any] | None, slots: ops.SlotMap | None, like: Tensor, text: int
-) -> dict[str, Any] | None:
-    """Options with a mask that weighs merged tokens after so many of text."""
-    mask = ops.log_sizes(like, slots, before=text)
-    return options if mask is None else {**(options or {}), "attention_mask": mask[:, None]}

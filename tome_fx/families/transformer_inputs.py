@@ -1,6 +1,5 @@
 """Random inputs for diffusion transformers, from their configs: for `explain`, the first trace, and the tests."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,6 @@ import torch
 from torch import Tensor
 
 PACKED = 2  # latents along a side of a token that is put in as such: pipelines pack squares of them
-SEEN = 257  # tokens of an image that Wan is told, by CLIP
 PIXELS = 8  # of a latent along a side
 
 Random = Callable[..., Tensor]  # of a shape without the batch
@@ -170,7 +168,7 @@ def of_hunyuan_dit(model: Any, height: int, width: int, text_tokens: int, random
         "text_embedding_mask": torch.ones_like(prompt[..., 0]),
         "encoder_hidden_states_t5": second,
         "text_embedding_mask_t5": torch.ones_like(second[..., 0]),
-        "image_rotary_emb": _table(model, height // config.patch_size * (width // config.patch_size), prompt),
+        "image_rotary_emb": table_of_places(model, height // config.patch_size * (width // config.patch_size), prompt),
     }
     if not config.use_style_cond_and_image_meta_size:
         return inputs
@@ -178,53 +176,10 @@ def of_hunyuan_dit(model: Any, height: int, width: int, text_tokens: int, random
     return {**inputs, "image_meta_size": random(6), "style": style}
 
 
-def of_cogvideox(model: Any, height: int, width: int, text_tokens: int, random: Random, frames: int) -> dict[str, Any]:
-    """Of CogVideoX: a video with its table of places, a prompt, a time step, and a number for those told one."""
-    config = model.config
-    inputs = {
-        "hidden_states": random(frames, config.in_channels, height, width),
-        "encoder_hidden_states": random(text_tokens, config.text_embed_dim),
-        "timestep": random().abs(),
-    }
-    if config.use_rotary_positional_embeddings:
-        count = frames // (config.patch_size_t or 1) * (height // config.patch_size) * (width // config.patch_size)
-        inputs["image_rotary_emb"] = _table(model, count, inputs["timestep"])
-    return inputs if config.ofs_embed_dim is None else {**inputs, "ofs": torch.ones_like(inputs["timestep"])}
-
-
-def _table(model: Any, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def table_of_places(model: Any, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines for as many tokens as these, in a row."""
     place, channel = (
         torch.arange(size, dtype=torch.float32, device=like.device) for size in (count, model.config.attention_head_dim)
     )
     angle = place[:, None] / (channel + 1)
     return angle.cos(), angle.sin()
-
-
-def of_ltx(model: Any, height: int, width: int, text_tokens: int, random: Random, frames: int) -> dict[str, Any]:
-    """Of LTX-Video: the tokens of a video and its sides, a prompt with its mask, a time step."""
-    config = model.config
-    sides = frames // config.patch_size_t, height // config.patch_size, width // config.patch_size
-    prompt = random(text_tokens, config.caption_channels)
-    return {
-        "hidden_states": random(math.prod(sides), config.in_channels),
-        "encoder_hidden_states": prompt,
-        "timestep": random().abs(),
-        "encoder_attention_mask": torch.ones_like(prompt[..., 0]),
-        **dict(zip(("num_frames", "height", "width"), sides, strict=True)),
-    }
-
-
-def of_wan(model: Any, height: int, width: int, text_tokens: int, random: Random, frames: int) -> dict[str, Any]:
-    """Of Wan: a video, a time step, a prompt, and an image for a model that is told one."""
-    config = model.config
-    inputs = {
-        "hidden_states": random(config.in_channels, frames, height, width),
-        "timestep": random().abs(),
-        "encoder_hidden_states": random(text_tokens, config.text_dim),
-    }
-    return (
-        inputs
-        if config.image_dim is None
-        else {**inputs, "encoder_hidden_states_image": random(SEEN, config.image_dim)}
-    )

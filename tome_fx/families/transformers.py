@@ -147,7 +147,8 @@ def _stack(model: nn.Module, facts: Facts, blocks: tuple[str, ...], plan: Plan) 
     modules = [model.get_submodule(block) for block in blocks]
     texts: list[str | None] = [TOKENS if block.rpartition(".")[0] in facts.joint else None for block in blocks]
     if not plan.merge_block:
-        texts = [text or _known(*part).text for text, *part in zip(texts, modules, blocks, strict=True)]
+        known = [_known(module, block) for module, block in zip(modules, blocks, strict=True)]
+        texts = [text or kind_of_block.text for text, kind_of_block in zip(texts, known, strict=True)]
     return Stack(
         blocks,
         tokens=TOKENS,

@@ -88,7 +88,7 @@ class Stack:
     tokens: str
     arguments: tuple[tuple[tuple[str, Any], ...] | None, ...]
     image: str | tuple[str, ...]
-    grid: Callable[..., tuple[int, int]]
+    grid: Callable[..., tuple[int, ...]]
     ratio: str
     result: int | None = None
     weights: str | None = None
