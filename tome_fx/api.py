@@ -62,7 +62,10 @@ def transform(
         model: A `UNet2DConditionModel`, `ControlNetModel`, `UNetMotionModel` or `UNet3DConditionModel`, not compiled
             and not transformed yet. Of the last two the blocks over single frames are merged in, those over time never.
             Or a transformer: a `PixArtTransformer2DModel`, `SD3Transformer2DModel`, `SD3ControlNetModel`,
-            `FluxTransformer2DModel`, `FluxControlNetModel` or `QwenImageTransformer2DModel`.
+            `FluxTransformer2DModel`, `FluxControlNetModel`, `QwenImageTransformer2DModel`, `ChromaTransformer2DModel`,
+            `Flux2Transformer2DModel`, `AuraFlowTransformer2DModel`, `CogView4Transformer2DModel`, `HunyuanDiT2DModel`,
+            `CogVideoXTransformer3DModel`, `LTXVideoTransformer3DModel` or `WanTransformer3DModel`. Of a video each
+            frame is matched by itself.
         ratio: Share of the tokens to remove, from 0 (the original, bit for bit) to `1 - 1 / (sx * sy)`. Half is
             where images still look the same, says the paper.
         tile: Side of the squares of tokens within which tokens are matched and ranked. The work of matching then grows
@@ -91,7 +94,7 @@ def transform(
             destination.
         prop_attn: Weigh each merged token in self-attention by how many tokens it stands for, which keeps the image far
             closer to the original. None does so wherever it can be done: with the attention processors of diffusers,
-            but for those that take no mask, as in SD 3 and Qwen-Image, or attend across the batch, as
+            but for those that take no mask, as in SD 3, Qwen-Image and Wan, or attend across the batch, as
             perturbed-attention guidance does. True refuses a model where it cannot, and trusts processors that are not
             diffusers'. False is what tomesd does.
         share_match: Match before the first block of each transformer alone and merge in all its blocks by that, which
