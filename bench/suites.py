@@ -7,6 +7,8 @@ FINEST, ALL_LEVELS = options(max_downsample="finest"), options(max_downsample=8)
 KV_ALL_LEVELS = options(merge_queries=False, max_downsample=8)
 WHOLE_FINEST, WHOLE_ALL_LEVELS = (options(merge_block=True, max_downsample=levels) for levels in ("finest", 8))
 PER_BLOCK = options(share_match=False, max_downsample=8)
+WHOLE, WHOLE_SMALL_TILES = options(merge_block=True), options(merge_block=True, tile=16)
+WHOLE_PER_BLOCK = options(merge_block=True, share_match=False)
 WHOLE_GRID, SMALL_TILES = options(tile=None), options(tile=16)
 RATIOS = (0.25, 0.5, 0.75)
 
@@ -15,6 +17,7 @@ LATE, EARLY = Case("tome_fx", 0, KV, ((0.5, 0.75),)), Case("tome_fx", 0.75, KV, 
 LATE_HALF = Case("tome_fx", 0, KV, ((0.5, 0.5),))
 CONSTANT = Case("tome_fx", 0.38, KV)
 MORE_LATE, MORE_EARLY = Case("tome_fx", 0.25, (), ((0.5, 0.75),)), Case("tome_fx", 0.75, (), ((0.5, 0.25),))
+WHOLE_LATE, WHOLE_EARLY = Case("tome_fx", 0, WHOLE, ((0.5, 0.5),)), Case("tome_fx", 0.5, WHOLE, ((0.5, 0),))
 
 TODO, HIDIFFUSION = Case("todo", 0.75), Case("hidiffusion", 0.75)
 YARDSTICK = Case("bf16")  # what moves an image no further is not to be seen
@@ -57,6 +60,15 @@ SUITES: dict[str, tuple[Case, ...]] = {
         Case("tomesd", 0.5),
         *(TODO, HIDIFFUSION),
     ),
+    # of a diffusion transformer, which has one level, and whose attention takes no keys and values of its own
+    "transformer": (
+        Case(),
+        YARDSTICK,
+        *(Case("tome_fx", ratio, whole) for whole in ((), WHOLE) for ratio in (0.25, 0.5)),
+        *(Case("tome_fx", 0.5, tiles) for tiles in (WHOLE_GRID, SMALL_TILES, WHOLE_SMALL_TILES)),
+        Case("tome_fx", 0.5, WHOLE_PER_BLOCK),
+        *(WHOLE_LATE, WHOLE_EARLY),
+    ),
 }
 
 # Two cases each, of which the first minus the second is told
@@ -88,6 +100,10 @@ QUESTIONS: tuple[tuple[str, Case, Case], ...] = (
         )
         for ratio in (0.25, 0.5)
     ),
+    *(("whole blocks - attention", Case("tome_fx", ratio, WHOLE), Case("tome_fx", ratio, ())) for ratio in (0.25, 0.5)),
+    ("whole blocks, tiles of 16 - of 32", Case("tome_fx", 0.5, WHOLE_SMALL_TILES), Case("tome_fx", 0.5, WHOLE)),
+    ("whole blocks, one match - one for each", Case("tome_fx", 0.5, WHOLE), Case("tome_fx", 0.5, WHOLE_PER_BLOCK)),
+    ("whole blocks, late - early", WHOLE_LATE, WHOLE_EARLY),
     *(("`tome_fx` - `tomesd`", Case("tome_fx", ratio), Case("tomesd", ratio)) for ratio in RATIOS),
     *(
         (f"`tome_fx` - `{peer.variant}`", Case("tome_fx", ratio), peer)

@@ -141,6 +141,7 @@ def test_a_transformer_is_trained_for_the_trained_pipeline_and_loaded_with_its_o
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: StableDiffusionPipeline
 ) -> None:
     monkeypatch.setattr(train, "sample", lambda pipe, scenes, side: draw(scenes, side))
+    monkeypatch.setattr(torch, "compile", lambda module: module)  # which would take longer than all else
     folder, run = tmp_path / "transformer", tmp_path / "run"
     command = ["train", "--transformer", str(folder), "--run", str(run), "--coarse-steps", "1", "--steps", "1"]
     monkeypatch.setattr(sys, "argv", command)
@@ -166,6 +167,28 @@ def test_a_transformer_is_trained_for_the_trained_pipeline_and_loaded_with_its_o
         **shapes.inputs(trained),
     ).pixels
     assert image.shape == (1, 3, 32, 32)
+
+
+def test_tokens_in_another_order_are_trained_at_their_places(pipe: StableDiffusionPipeline) -> None:
+    transformer = blank.transformer_pipeline(pipe).transformer
+    for parameter in transformer.parameters():  # of which many begin as zeros
+        nn.init.normal_(parameter, std=0.1)
+    latents, kept = torch.randn(2, 4, 32, 32), torch.randperm(32 * 32)
+    width = transformer.config.joint_attention_dim
+    others = {
+        "timestep": torch.tensor([200.0, 900.0]),
+        "encoder_hidden_states": torch.randn(2, 5, width),
+        "pooled_projections": torch.randn(2, width),
+    }
+
+    def result(latents: Tensor) -> Tensor:
+        return transformer(latents, **others).sample.detach()  # type: ignore[no-any-return]
+
+    expected = train.part(result(latents), kept)
+    with train.places(transformer.pos_embed, kept):
+        found = result(train.part(latents, kept))
+    assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max().item())
+    assert not torch.allclose(result(train.part(latents, kept)), expected, atol=0.1 * expected.abs().max().item())
 
 
 def test_every_caption_fits_the_tokenizer_and_every_word_is_one_token(pipe: StableDiffusionPipeline) -> None:

@@ -9,6 +9,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from bench.models import assemble
@@ -53,7 +54,13 @@ def transformer_pipeline(trained: StableDiffusionPipeline) -> StableDiffusion3Pi
 
 
 def _transformer() -> SD3Transformer2DModel:
-    return SD3Transformer2DModel(
+    """One that trains faster than by the class's own random numbers.
+
+    Each block begins as the identity, which "Scalable Diffusion Models with Transformers" (2022), arXiv 2212.09748,
+    found best. Queries begin as the keys, so that a token first attends to those like it and near it, as in "Mimetic
+    Initialization of Self-Attention Layers" (2023), arXiv 2305.09828.
+    """
+    model = SD3Transformer2DModel(
         sample_size=SIDE // 4,
         patch_size=1,  # 32 x 32 tokens, as the UNet has at its finest level
         in_channels=4,
@@ -67,6 +74,15 @@ def _transformer() -> SD3Transformer2DModel:
         pos_embed_max_size=SIDE // 4,
         qk_norm="rms_norm",
     )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+            if name.endswith((".linear", "proj_out")):  # what modulates, and the last of all
+                nn.init.zeros_(module.weight)
+    for block in model.transformer_blocks:
+        block.attn.to_k.load_state_dict(block.attn.to_q.state_dict())
+    return model
 
 
 def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

@@ -22,6 +22,7 @@ def fit(
     *,
     steps: int,
     rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
     decay: float = 0.0,
     show: Callable[[int], str] | None = None,
     every: int = 500,
@@ -34,11 +35,12 @@ def fit(
         loss: The loss of a step, by its number.
         steps: How many in all.
         rate: The learning rate that is held.
+        betas: Of Adam, for the running averages of gradients and of their squares.
         decay: Of the running average of the weights; 0 for none.
         show: What to do every so many steps with the average in place; what it returns is logged.
         every: How many.
     """
-    optimizer = torch.optim.AdamW(module.parameters(), rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(module.parameters(), rate, betas, weight_decay=0.01)
     schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 100, 3 * (1 - step / steps)))
     average = EMAModel(module.parameters(), decay=decay)
     parts = {"module": module, "optimizer": optimizer, "schedule": schedule, "average": average}
