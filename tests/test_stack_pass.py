@@ -6,6 +6,7 @@ ones, once for all blocks that are given the same. Tokens on a line are merged a
 """
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,14 +60,13 @@ class Holder(nn.Module):
         return text, x
 
 
-def row_of(block: nn.Module, table: Tensor, slots: ops.SlotMap | None, places: Tensor | None) -> Tensor:
+def row_of(table: Tensor, slots: ops.SlotMap | None, places: Tensor | None) -> Tensor:
     """The rows of the table that slots stand at."""
     return table if places is None else table[places]
 
 
-def gain_of(block: nn.Module, value: Any, slots: ops.SlotMap | None, places: Tensor | None, text: Tensor) -> Any:
+def gain_of(value: Any, slots: ops.SlotMap | None, places: Tensor | None, text: Tensor) -> Any:
     """Something made of another argument: how many merged tokens there are to one of the text."""
-    assert isinstance(block, Block)
     assert value is None
     return None if places is None else places.shape[1] / text.shape[1]
 
@@ -129,8 +129,8 @@ def by_hand(module: Holder, image: Tensor, table: Tensor, **options: Any) -> tup
     text, slots = x[:, :2], ops.match(x, HEIGHT, WIDTH, kept=KEPT, sx=2, sy=2, seed=None)
     places = ops.places(slots, HEIGHT, WIDTH, sx=2, sy=2, seed=None)
     assert places is not None
-    gain = KEPT / 2 if options.get("gain") else None
     for number, block in enumerate(module.blocks):
+        gain = KEPT / 2 if number in options.get("gains", ()) else None
         if number not in options.get("skipped", ()):
             merged = ops.merge(x, slots)
             found = [block(text[[b]], merged[[b]], table[places[b]], gain) for b in range(2)]
@@ -166,13 +166,23 @@ def test_blocks_see_merged_tokens_and_what_is_between_them_sees_all(options: dic
     assert found["merge"] == found["changed"] == runs
 
 
-def test_an_argument_may_be_made_of_others_and_be_there_for_merged_tokens_alone() -> None:
+def loud(block: Any, value: Any, made: Any) -> Any:
+    return made if block.loud else value
+
+
+@pytest.mark.parametrize("chosen, gains", [(None, (0, 1, 2, 3)), (loud, (1, 2))], ids=["all", "some"])
+def test_an_argument_may_be_made_of_others_once_and_be_there_for_merged_tokens_alone(
+    chosen: Any, gains: tuple[int, ...]
+) -> None:
     module = Holder()
-    expected = by_hand(module, **tensors(), gain=True)
+    for number, block in enumerate(module.blocks):
+        block.loud = number in gains
+    expected = by_hand(module, **tensors(), gains=gains)
     plain = module(**tensors())
-    result = rewritten(module, adapted=(ROWS, GAIN))(**tensors())
+    result = rewritten(module, adapted=(ROWS, replace(GAIN, chosen=chosen)))(**tensors())
     for found, own in zip(result, expected, strict=True):
         assert relative_error(found, own) < 1e-6
+    assert calls(list(type(module).graphs.values())[-1])["gain_of"] == 1  # type: ignore[attr-defined]
     module.ratio = ops.as_read(0.0, dynamic=False)
     assert all(map(torch.equal, module(**tensors()), plain))
 

@@ -169,7 +169,7 @@ def test_a_block_may_put_text_before_the_image_and_be_handed_a_slot_map_of_both(
     assert relative_error(module(x, text, slots=ops.after_text(slots, text)), expected) < 1e-6
 
 
-def gain_of(block: nn.Module, value: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
+def gain_of(value: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
     """Something that a block is given with merged tokens alone."""
     return None if places is None else 2.0
 

@@ -32,8 +32,8 @@ class Facts:
         adapted: Arguments of a block with a row for each token, which it hands on to attention.
         own: Arguments of a block with a row for each token that it takes for itself: others where it is merged whole.
         weights: Name of the argument of a block that takes weights as a mask, where there is one.
-        weigh: Another argument that carries weights: what makes it where they are asked for, and where they are taken
-            if they can be.
+        weigh: Another argument that carries weights. Where nobody asks for them, blocks whose attention cannot take
+            them are given none.
         unweighed: Why merged tokens cannot be weighed; empty where they can be.
         per_token: Names of arguments with an entry for each token; see `Stack`.
         text: Tokens of a prompt, as its pipelines pad any by default; Qwen-Image's are not padded, and any number
@@ -58,7 +58,7 @@ class Facts:
     adapted: tuple[Adapted, ...] = ()
     own: tuple[Adapted, ...] = ()
     weights: str | None = None
-    weigh: tuple[Adapted, Adapted] | None = None
+    weigh: Adapted | None = None
     unweighed: str = ""
     per_token: tuple[str, ...] = ()
     text: int = 77
@@ -89,8 +89,7 @@ class Facts:
         adapted = (*self.adapted, *self.own) if plan.merge_block else self.adapted
         if self.weigh is None or plan.prop_attn is False:
             return adapted
-        always, where_taken = self.weigh
-        return (*adapted, always if plan.prop_attn else where_taken)
+        return (*adapted, self.weigh if plan.prop_attn else replace(self.weigh, chosen=rotary.where_taken))
 
 
 def of_condition_of_wan(timestep: Any, text: Any, image: Any, timestep_seq_len: Any = None) -> tuple[Hashable, ...]:
@@ -117,14 +116,7 @@ FLUX = Facts(
     grid=grids.row_of_coordinates,
     line=grids.line_of_coordinates,
     adapted=(Adapted("image_rotary_emb", rotary.after_text),),
-    weigh=(
-        Adapted("joint_attention_kwargs", rotary.weights_after_text, ("image_rotary_emb", "encoder_hidden_states")),
-        Adapted(
-            "joint_attention_kwargs",
-            rotary.weights_after_text_where_taken,
-            ("image_rotary_emb", "encoder_hidden_states"),
-        ),
-    ),
+    weigh=Adapted("joint_attention_kwargs", rotary.weights_after_text, ("image_rotary_emb", "encoder_hidden_states")),
     per_token=("joint_attention_kwargs.attention_mask", "joint_attention_kwargs.ip_adapter_masks"),
     text=512,
     packed=transformer_inputs.PACKED,
@@ -184,10 +176,7 @@ FACTS: dict[str, Facts] = {
         grid=grids.row_of_coordinates,
         line=grids.line_of_coordinates_and_layer,
         adapted=(Adapted("image_rotary_emb", rotary.after_text),),
-        weigh=(
-            Adapted("joint_attention_kwargs", rotary.weights_after_text, FLUX2),
-            Adapted("joint_attention_kwargs", rotary.weights_after_text_where_taken, FLUX2),
-        ),
+        weigh=Adapted("joint_attention_kwargs", rotary.weights_after_text, FLUX2),
         per_token=("joint_attention_kwargs.attention_mask",),
         text=512,
         packed=transformer_inputs.PACKED,
@@ -236,10 +225,7 @@ FACTS: dict[str, Facts] = {
         attention=("attn1",),
         processor="attention_processor.CogVideoXAttnProcessor2_0",
         adapted=(Adapted("image_rotary_emb", rotary.of_image),),
-        weigh=(
-            Adapted("attention_kwargs", rotary.weights_of_heads_after_text, ("encoder_hidden_states",)),
-            Adapted("attention_kwargs", rotary.weights_of_heads_after_text_where_taken, ("encoder_hidden_states",)),
-        ),
+        weigh=Adapted("attention_kwargs", rotary.weights_beside_text, ("encoder_hidden_states",)),
         per_token=("attention_kwargs.attention_mask",),
         text=226,
         frames=13,

@@ -9,7 +9,7 @@ than put in dimensions of 1. So they are given an object that does that to `[B, 
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tome_fx import ops
 from tome_fx.families.weights import why_unweighed_by_default
@@ -47,11 +47,10 @@ class Rows:
         )
 
 
-def after_text(block: nn.Module, table: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
+def after_text(table: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
     """The cosines and sines of a sequence of text and image; a node of rewritten graphs.
 
     Args:
-        block: The block that they are for.
         table: Two tensors `[T + N, D]`, or None.
         slots: The slot map.
         places: From `ops.places`, `[B, K]`.
@@ -62,11 +61,10 @@ def after_text(block: nn.Module, table: Any, slots: ops.SlotMap | None, places: 
     return tuple([Rows(part[rows]) for part in table])
 
 
-def mask_after_text(block: nn.Module, mask: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
+def mask_after_text(mask: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
     """A mask of a sequence of text and image; a node of rewritten graphs.
 
     Args:
-        block: The block that it is for.
         mask: `[B, T + N]`, or None.
         slots: The slot map.
         places: From `ops.places`, `[B, K]`.
@@ -76,11 +74,10 @@ def mask_after_text(block: nn.Module, mask: Any, slots: ops.SlotMap | None, plac
     return _rows(mask, _after_text(places, mask.shape[1] - slots.slot.shape[1]))
 
 
-def beside_text(block: nn.Module, tables: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
+def beside_text(tables: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
     """The tables of image and text where each has its own; a node of rewritten graphs.
 
     Args:
-        block: The block that they are for.
         tables: Of the image, `[N, D]`, and of the text; or None.
         slots: The slot map.
         places: From `ops.places`, `[B, K]`.
@@ -91,11 +88,10 @@ def beside_text(block: nn.Module, tables: Any, slots: ops.SlotMap | None, places
     return Rows(image[places]), text
 
 
-def of_image(block: nn.Module, tables: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
+def of_image(tables: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
     """The cosines and sines of the image alone; a node of rewritten graphs.
 
     Args:
-        block: The block that they are for.
         tables: Two tensors `[N, D]`, or None.
         slots: The slot map.
         places: From `ops.places`, `[B, K]`.
@@ -103,11 +99,10 @@ def of_image(block: nn.Module, tables: Any, slots: ops.SlotMap | None, places: T
     return tables if places is None or tables is None else tuple([Rows(part[places]) for part in tables])
 
 
-def of_each(block: nn.Module, tables: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
+def of_each(tables: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
     """Tables that have a dimension of images before that of their tokens; a node of rewritten graphs.
 
     Args:
-        block: The block that they are for.
         tables: Tensors `[B, N, ...]`, or `[1, N, ...]` for all images.
         slots: The slot map.
         places: From `ops.places`, `[B, K]`.
@@ -115,11 +110,10 @@ def of_each(block: nn.Module, tables: Any, slots: ops.SlotMap | None, places: Te
     return tables if places is None else tuple([_rows(part, places) for part in tables])
 
 
-def of_each_where_many(block: nn.Module, given: Tensor, slots: ops.SlotMap | None, places: Tensor | None) -> Tensor:
+def of_each_where_many(given: Tensor, slots: ops.SlotMap | None, places: Tensor | None) -> Tensor:
     """What blocks are shifted and scaled by, where each token has its own; a node of rewritten graphs.
 
     Args:
-        block: The block that it is for.
         given: `[B, N, parts, C]`, or `[B, parts, C]` for all tokens.
         slots: The slot map.
         places: From `ops.places`, `[B, K]`.
@@ -127,12 +121,12 @@ def of_each_where_many(block: nn.Module, given: Tensor, slots: ops.SlotMap | Non
     return given if places is None or given.ndim == 3 else _rows(given, places)
 
 
-def of_each_unless_one(block: nn.Module, given: Tensor, slots: ops.SlotMap | None, places: Tensor | None) -> Tensor:
+def of_each_unless_one(given: Tensor, slots: ops.SlotMap | None, places: Tensor | None) -> Tensor:
     """The same where what is for all tokens is `[B, 1, C]`; a node of rewritten graphs."""
     return given if places is None or given.shape[1] == 1 else _rows(given, places)
 
 
-def merged(block: nn.Module, tokens: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
+def merged(tokens: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
     """Tokens that a block takes besides those it changes, `[B, N, C]`, or None; a node of rewritten graphs."""
     return None if tokens is None else ops.merge(tokens, slots)
 
@@ -150,17 +144,15 @@ def _rows(table: Tensor, places: Tensor) -> Tensor:
 
 
 def weights_after_text(
-    block: Any,
     options: dict[str, Any] | None,
     slots: ops.SlotMap | None,
     places: Tensor | None,
     table: tuple[Tensor, Tensor],
     *like: Tensor | None,
 ) -> dict[str, Any] | None:
-    """Options of a block's attention with a mask that weighs merged tokens and leaves text as it is; a node.
+    """Options of attention with a mask that weighs merged tokens and leaves text as it is; a node of rewritten graphs.
 
     Args:
-        block: The block.
         options: What attention is given by name, or None.
         slots: The slot map.
         places: From `ops.places`.
@@ -174,40 +166,22 @@ def weights_after_text(
     return options if mask is None else {**(options or {}), "attention_mask": mask[:, None]}
 
 
-def weights_after_text_where_taken(
-    block: Any,
-    options: dict[str, Any] | None,
-    slots: ops.SlotMap | None,
-    places: Tensor | None,
-    table: tuple[Tensor, Tensor],
-    *like: Tensor | None,
+def weights_beside_text(
+    options: dict[str, Any] | None, slots: ops.SlotMap | None, places: Tensor | None, text: Tensor
 ) -> dict[str, Any] | None:
-    """The same, or the options as they are where weights cannot be taken; a node of rewritten graphs."""
-    if why_unweighed_by_default(block.attn):
-        return options
-    return weights_after_text(block, options, slots, places, table, *like)
-
-
-def weights_of_heads_after_text(
-    block: Any, options: dict[str, Any] | None, slots: ops.SlotMap | None, places: Tensor | None, text: Tensor
-) -> dict[str, Any] | None:
-    """The same of attention that takes a mask `[B * heads, 1, T + K]`; a node of rewritten graphs.
+    """The same of attention that repeats a mask `[B, 1, T + K]` for its heads itself; a node of rewritten graphs.
 
     Args:
-        block: The block.
         options: What attention is given by name, or None.
         slots: The slot map.
         places: From `ops.places`.
         text: `[B, T, C]`, the tokens of text, which come before the image's.
     """
-    mask = ops.log_sizes(text, slots, block.attn1.heads, before=text.shape[1])
+    mask = ops.log_sizes(text, slots, before=text.shape[1])
     return options if mask is None else {**(options or {}), "attention_mask": mask}
 
 
-def weights_of_heads_after_text_where_taken(
-    block: Any, options: dict[str, Any] | None, slots: ops.SlotMap | None, places: Tensor | None, text: Tensor
-) -> dict[str, Any] | None:
-    """The same, or the options as they are where weights cannot be taken; a node of rewritten graphs."""
-    if why_unweighed_by_default(block.attn1):
-        return options
-    return weights_of_heads_after_text(block, options, slots, places, text)
+def where_taken(block: Any, options: dict[str, Any] | None, weighed: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The options of a block's attention with weights, or without where it cannot take them; a node."""
+    attention = getattr(block, "attn", None) or block.attn1
+    return options if why_unweighed_by_default(attention) else weighed

@@ -262,15 +262,18 @@ class _AdaptedArguments:
 
     def give(self, call: Call, parameters: Parameters, slots: fx.Node) -> None:
         """Put them in before the call."""
+        graph = call.node.graph
         names = [name for argument in self.stack.adapted for name in (argument.name, *argument.beside)]
         given = {name: call.given(name, parameters) for name in names}
         for argument in self.stack.adapted:
             value, *beside = (given[name] for name in (argument.name, *argument.beside))
-            key = argument.name, slots, *map(str, (value, *beside))
+            key = argument.name, slots, str(value)
             if key not in self.made:
-                details = (call.node.graph.get_attr(call.module), value, slots, self._places(slots), *beside)
-                self.made[key] = call.node.graph.call_function(argument.made, details)
-            call.give(argument.name, self.made[key], parameters)
+                self.made[key] = graph.call_function(argument.made, (value, slots, self._places(slots), *beside))
+            made = self.made[key]
+            if argument.chosen is not None:
+                made = graph.call_function(argument.chosen, (graph.get_attr(call.module), value, made))
+            call.give(argument.name, made, parameters)
 
     def _places(self, slots: fx.Node) -> fx.Node:
         if slots not in self.places:

@@ -43,14 +43,19 @@ class Adapted:
 
     Args:
         name: Its name.
-        made: What makes it, of the block, the value that the block is given or None, the slot map, the places of the
-            slots (from `ops.places`) and the values of `beside`. Without a slot map it returns the value itself.
-        beside: Names of other arguments that it is made of; not the tokens', which would be unmerged for it.
+        made: What makes it, of the value that a block is given or None, the slot map, the places of the slots (from
+            `ops.places`) and the values of `beside`. Without a slot map it returns the value itself. It is made once
+            for all blocks that are given the same value under one slot map.
+        beside: Names of other arguments that it is made of, as the first of these blocks is given them; not the
+            tokens', which would be unmerged for it.
+        chosen: What a block is given, made of the block, the value, and what was made of it, where that depends on the
+            block; None for what was made.
     """
 
     name: str
     made: Callable[..., Any]
     beside: tuple[str, ...] = ()
+    chosen: Callable[[nn.Module, Any, Any], Any] | None = None
 
 
 @dataclass(frozen=True)
