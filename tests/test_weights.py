@@ -97,7 +97,11 @@ def test_a_channel_fills_up_to_a_width_that_flash_attention_takes(monkeypatch: p
         assert width < seen[-1][0] <= width + 8
 
 
-MODES: dict[str, dict[str, Any]] = {"": {}, "keys": {"merge_queries": False}, "blocks": {"merge_block": True}}
+MODES: dict[str, dict[str, Any]] = {
+    "": {"tile": 16},  # several, as the sizes of users hold of the default
+    "keys": {"merge_queries": False},
+    "blocks": {"merge_block": True},
+}
 
 
 @pytest.mark.usefixtures("by_channel")
