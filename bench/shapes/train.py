@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from bench.shapes.fit import fit
 from bench.shapes.reader import Reader
 from bench.shapes.scenes import HELD_OUT, SIDE, Scene, cover, draw, numbered
 from bench.shapes.tokenizer import tokens
+
+Denoiser = Callable[..., Any]  # the model itself, compiled
 
 
 def train_reader(folder: Path, steps: int) -> Reader:
@@ -72,12 +75,15 @@ def train_vae(folder: Path, steps: int) -> AutoencoderKL:
     return vae
 
 
-def train_denoiser(path: Path, pipe: DiffusionPipeline, reader: Reader, coarse: int, steps: int) -> None:
+def train_denoiser(
+    path: Path, pipe: DiffusionPipeline, reader: Reader, coarse: int | None = None, steps: int | None = None
+) -> None:
     """Denoiser and text encoder together, on less of each image first, which costs a sixth."""
     vae, name = pipe.vae, denoiser_name(pipe)
     lesson = LESSONS[name]
+    coarse = lesson.coarse if coarse is None else coarse
     both = nn.ModuleDict({name: denoiser_of(pipe), "text_encoder": pipe.text_encoder})
-    compiled: nn.Module = torch.compile(denoiser_of(pipe))
+    compiled = torch.compile(denoiser_of(pipe))
     test = numbered(HELD_OUT, 32)
 
     def loss(step: int) -> Tensor:
@@ -99,11 +105,12 @@ def train_denoiser(path: Path, pipe: DiffusionPipeline, reader: Reader, coarse: 
         write_grid(path.parent / f"{path.stem}-{step}.png", images, 8)
         return f"right: {reader.right(test, images).float().mean():.3f}"
 
+    steps = steps or lesson.steps
     fit(path, both, loss, steps=steps, rate=lesson.rate, betas=lesson.betas, decay=0.999, show=show)
 
 
 def of_velocity(
-    pipe: StableDiffusionPipeline, unet: nn.Module, latents: Tensor, weight: Tensor, captions: list[str], fine: bool
+    pipe: StableDiffusionPipeline, unet: Denoiser, latents: Tensor, weight: Tensor, captions: list[str], fine: bool
 ) -> Tensor:
     """The weighted squared error of a UNet that predicts velocities, at times drawn evenly."""
     times = torch.randint(0, pipe.scheduler.config.num_train_timesteps, (len(latents),))
@@ -115,7 +122,7 @@ def of_velocity(
 
 def of_flow(
     pipe: StableDiffusion3Pipeline,
-    transformer: nn.Module,
+    transformer: Denoiser,
     latents: Tensor,
     weight: Tensor,
     captions: list[str],
@@ -159,7 +166,8 @@ def places(embedding: PatchEmbed, kept: Tensor) -> Iterator[None]:
 
 
 def _mean(error: Tensor, weight: Tensor) -> Tensor:
-    return (weight * error.square()).sum() / weight.sum()
+    mean: Tensor = (weight * error.square()).sum() / weight.sum()
+    return mean
 
 
 @dataclass(frozen=True)
@@ -171,17 +179,21 @@ class Lesson:
         side: Pixels along a side of the first images.
         rate: The learning rate.
         betas: Of Adam.
+        coarse: Steps on less of each image.
+        steps: Steps in all.
     """
 
     loss: Callable[..., Tensor]
     side: int
     rate: float
     betas: tuple[float, float]
+    coarse: int
+    steps: int
 
 
 LESSONS = {
-    "unet": Lesson(of_velocity, SIDE // 2, 1e-3, (0.9, 0.999)),
-    "transformer": Lesson(of_flow, SIDE, 2e-3, (0.9, 0.95)),
+    "unet": Lesson(of_velocity, SIDE // 2, 1e-3, (0.9, 0.999), 2500, 4700),
+    "transformer": Lesson(of_flow, SIDE, 2e-3, (0.9, 0.95), 1800, 1950),
 }
 
 
@@ -208,8 +220,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("out/shapes"), help="where what is not finished is kept")
     parser.add_argument("--reader-steps", type=int, default=1500)
     parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--coarse-steps", type=int, default=2500, help="steps of a denoiser on a quarter of each image")
-    parser.add_argument("--steps", type=int, default=4700, help="steps of a denoiser in all")
+    parser.add_argument("--coarse-steps", type=int, help="of a denoiser on a quarter of each image, if not its own")
+    parser.add_argument("--steps", type=int, help="of a denoiser in all, if not its own")
     parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="where the trained pipeline is written")
     parser.add_argument("--reader", type=Path, default=judge.WEIGHTS, help="where the trained reader is written")
     parser.add_argument(
