@@ -176,7 +176,7 @@ def test_an_argument_may_be_made_of_others_once_and_be_there_for_merged_tokens_a
 ) -> None:
     module = Holder()
     for number, block in enumerate(module.blocks):
-        block.loud = number in gains
+        vars(block)["loud"] = number in gains
     expected = by_hand(module, **tensors(), gains=gains)
     plain = module(**tensors())
     result = rewritten(module, adapted=(ROWS, replace(GAIN, chosen=chosen)))(**tensors())

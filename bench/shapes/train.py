@@ -97,7 +97,8 @@ def train_denoiser(
         # grounds are most of an image and none of its caption: a shape's outline would hardly be learnt beside them
         weight = 1 + 4 * cover(scenes, latents.shape[-1], reach=0.05).expand_as(latents)
         with torch.autocast("cpu", torch.bfloat16):  # products take a third of their time
-            return lesson.loss(pipe, compiled, latents, weight, captions, fine)
+            mean: Tensor = lesson.loss(pipe, compiled, latents, weight, captions, fine)
+        return mean
 
     def show(step: int) -> str:
         both.eval()
@@ -151,7 +152,8 @@ def of_flow(
 def part(image: Tensor, kept: Tensor) -> Tensor:
     """These tokens of `[B, C, H, W]`, as many as a square has, as if they were an image."""
     side = math.isqrt(len(kept))
-    return image.flatten(2)[..., kept].unflatten(2, (side, side))
+    result: Tensor = image.flatten(2)[..., kept].unflatten(2, (side, side))
+    return result
 
 
 @contextmanager
