@@ -41,7 +41,9 @@ pytestmark = [
 # ------------------------------------------------------------------------------------------------ eager
 
 
-@pytest.mark.parametrize("options", [{"tile": 6}, {"use_rand": False, "sx": 3}, EVERYTHING], ids=["tiles", "strides", "everything"])
+@pytest.mark.parametrize(
+    "options", [{"tile": 6}, {"use_rand": False, "sx": 3}, EVERYTHING], ids=["tiles", "strides", "everything"]
+)
 @pytest.mark.parametrize("build", [two_stages, sdxl, controlnet])
 def test_a_ratio_that_was_set_gives_what_a_transform_at_it_gives(
     build: Callable[[], Any], options: dict[str, Any]
