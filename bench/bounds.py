@@ -12,8 +12,8 @@ from bench import documents, markdown, models
 
 NOTE = (
     "By `tome_fx.explain`, for models from their configs and without weights: FLOPs of a call before merging over "
-    "those after it, matching paid for, with a prompt as long as pipelines make it. No times: attention often gains "
-    "more."
+    "those after it, matching paid for, with a prompt as long as pipelines make it and a video of 81 frames. No times: "
+    "attention often gains more."
 )
 RATIOS = (0.25, 0.5, 0.75)
 KEYS = "keys and values"
@@ -31,15 +31,19 @@ MODELS = {
     "SD 3.5 large": "sd35-large",
     "Flux.1 dev": "flux",
     "Qwen-Image": "qwen",
+    "Wan 2.1 1.3B": "wan",
+    "Wan 2.1 14B": "wan-large",
 }
 WITH_KEYS = (*models.UNETS, "pixart")
-IMAGES = (
-    *(("SD 1.5", side) for side in (512, 1024)),
-    ("SD 2.1", 768),
-    *(("SDXL", side) for side in (1024, 2048)),
-    *(("PixArt-Σ XL", side) for side in (1024, 2048)),
-    *((name, 1024) for name in ("SD 3.5 medium", "SD 3.5 large", "Flux.1 dev")),
-    ("Qwen-Image", 1328),
+IMAGES = (  # models with the width and the height, in pixels
+    *(("SD 1.5", side, side) for side in (512, 1024)),
+    ("SD 2.1", 768, 768),
+    *(("SDXL", side, side) for side in (1024, 2048)),
+    *(("PixArt-Σ XL", side, side) for side in (1024, 2048)),
+    *((name, 1024, 1024) for name in ("SD 3.5 medium", "SD 3.5 large", "Flux.1 dev")),
+    ("Qwen-Image", 1328, 1328),
+    *((name, 832, 480) for name in ("Wan 2.1 1.3B", "Wan 2.1 14B")),
+    ("Wan 2.1 14B", 1280, 720),
 )
 
 
@@ -47,16 +51,16 @@ def run(path: Path) -> dict[str, Any]:
     """Count each way at each image, where a model has it."""
     rows: list[dict[str, Any]] = []
     document = documents.new("bounds", note=NOTE, **documents.origin("cpu"), rows=rows)
-    for name, side in tqdm(IMAGES, file=sys.stderr, leave=False):
-        model, latents = models.build(MODELS[name], "meta"), side // models.LATENT
+    for name, width, height in tqdm(IMAGES, file=sys.stderr, leave=False):
+        model, sides = models.build(MODELS[name], "meta"), (height // models.LATENT, width // models.LATENT)
         for way, options in WAYS.items():
             if way == KEYS and MODELS[name] not in WITH_KEYS:
                 continue  # attention of text and image together takes keys from the tokens that attend
-            reports = [tome_fx.explain(tome_fx.transform(model, r, **options), latents, latents) for r in RATIOS]
+            reports = [tome_fx.explain(tome_fx.transform(model, r, **options), *sides) for r in RATIOS]
             rows.append(
                 {
                     "model": name,
-                    "side": side,
+                    "image": [width, height],
                     "way": way,
                     "tflops": reports[0].flops_before / 1e12,
                     "tokens": max(site.tokens for site in reports[0].rows),
@@ -72,7 +76,7 @@ def table(document: dict[str, Any]) -> str:
     lines = [
         [
             row["model"],
-            row["side"],
+            _size(*row["image"]),
             row["tokens"],
             f"{row['tflops']:.2f}",
             row["way"],
@@ -82,6 +86,10 @@ def table(document: dict[str, Any]) -> str:
     ]
     heads = ["model", "image, px", "tokens", "TFLOPs", "merged", *(f"at {ratio:g}" for ratio in RATIOS)]
     return markdown.table(lines, heads)
+
+
+def _size(width: int, height: int) -> str:
+    return str(width) if width == height else f"{width} x {height}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -44,7 +44,7 @@ UNETS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-# Likewise, of transformers: the defaults are nearly those of PixArt-Σ XL and Flux.1 dev.
+# Likewise, of transformers: the defaults are nearly those of PixArt-Σ XL, Flux.1 dev and Wan 2.1 14B.
 SD3 = {"qk_norm": "rms_norm"}
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pixart": ("PixArtTransformer2DModel", {"caption_channels": 4096}),
@@ -65,6 +65,8 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
     "qwen": ("QwenImageTransformer2DModel", {}),
+    "wan": ("WanTransformer3DModel", {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}),
+    "wan-large": ("WanTransformer3DModel", {}),
     # The widths of the real ones with few of their blocks, for a CPU and for what is compiled
     "pixart-shallow": ("PixArtTransformer2DModel", {"caption_channels": 4096, "num_layers": 4}),
     "sd35-shallow": (

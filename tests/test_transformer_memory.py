@@ -47,13 +47,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, side", bounds.IMAGES)
+@pytest.mark.parametrize("name, width, height", bounds.IMAGES)
 def test_a_call_needs_no_more_memory_than_one_of_the_stock_model(
-    name: str, side: int, monkeypatch: pytest.MonkeyPatch
+    name: str, width: int, height: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     model = models.build(bounds.MODELS[name], "meta")
-    arguments = models.inputs(model, side, 2)
+    arguments = models.example(model, height // models.LATENT, width // models.LATENT, 2)
     stock = peak(model, arguments)
     for options, most in (({}, 1.0), ({"merge_block": True}, 0.9)):
         assert peak(transform(model, 0.5, **options), arguments) <= most * stock, options
