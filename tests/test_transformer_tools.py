@@ -20,6 +20,7 @@ from test_transformer_pipelines import (
     euler,
     of_flux_controlnet,
     of_kontext,
+    of_wan,
     prompt,
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -63,11 +64,12 @@ def test_blocks_that_merge_on_their_own_have_a_row_each() -> None:
     assert rows(figure) == names
 
 
-def test_slots_of_text_and_image_are_those_of_the_image() -> None:
-    model = tome_fx.transform(flux(), 0.5)
-    pipe, call = of_flux(model)
+@pytest.mark.parametrize("name", ["flux", "chroma", "flux2", "auraflow"])
+def test_slots_of_text_and_image_are_those_of_the_image(name: str) -> None:
+    model = tome_fx.transform(MODELS[name](), 0.5)
     with viz.recorded_slots(model) as recorded:
-        mapped(pipe, call)
+        for step in range(STEPS):
+            diffusion.output(model, diffusion.inputs(model, seed=step))
     first, *others = recorded.slots.values()
     assert all(
         slot.shape == (64,) and int(slot.min()) == 0 for slots in recorded.slots.values() for slot in slots.values()
@@ -82,6 +84,11 @@ def test_one_of_several_models_is_drawn_where_it_is_named() -> None:
     ):
         mapped(pipe, call)
     assert rows(mapped(pipe, call, model=pipe.controlnet)) == ["transformer_blocks.0 and 1 more"]
+
+
+def test_frames_of_a_video_are_not_drawn() -> None:
+    with pytest.raises(tome_fx.TransformError, match=r"expected the 8 x 8 tokens of one image in blocks\.0, found 192"):
+        mapped(*of_wan(tome_fx.transform))
 
 
 def test_tokens_of_two_pictures_are_not_drawn() -> None:

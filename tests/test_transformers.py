@@ -59,18 +59,25 @@ models = pytest.mark.parametrize("name", [m if m in QUICK else pytest.param(m, m
 # Where a test takes long, one model of those whose tokens lie on a line does.
 scopes = pytest.mark.parametrize("scope", [{"merge_block": True}, {"merge_block": False}], ids=["blocks", "attention"])
 some = pytest.mark.parametrize("name", [m if m == "flux" else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
-# Attention by itself is compiled of these, and of the first of a video.
-compiled_models = pytest.mark.parametrize(
-    "scope, name",
-    [
-        pytest.param(
-            {"merge_block": whole}, name, id=f"{kind}-{name}", marks=() if name == "flux" else pytest.mark.slow
-        )
-        for whole, kind in ((True, "blocks"), (False, "attention"))
-        for name in MODELS
-        if whole or name in (*FIRST, "wan")
-    ],
-)
+
+
+def compiled(*later: str, attention: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """The first models in both scopes, one quick and the others slow, and whole blocks of later ones, or attention."""
+    cases = [(True, "blocks", (*FIRST, *later)), (False, "attention", (*FIRST, *attention))]
+    return pytest.mark.parametrize(
+        "scope, name",
+        [
+            pytest.param(
+                {"merge_block": whole}, name, id=f"{kind}-{name}", marks=() if name == "flux" else pytest.mark.slow
+            )
+            for whole, kind, names in cases
+            for name in names
+        ],
+    )
+
+
+LATER = tuple(name for name in MODELS if name not in FIRST)
+OF_EACH_KIND = ("chroma", "wan", "ltx")  # what tells where tokens lie: coordinates, the video, numbers
 
 
 def transformed(model: Any, ratio: float = 0.5, **options: Any) -> Any:
@@ -506,7 +513,7 @@ def test_several_pictures_of_qwen_are_told_by_their_shapes(scope: dict[str, Any]
     assert torch.equal(output(transformed(qwen(), 0, **scope), arguments), output(qwen(), arguments))
 
 
-@compiled_models
+@compiled(*LATER, attention=OF_EACH_KIND)
 def test_a_model_compiles_as_one_graph_for_each_ratio_and_never_again(
     scope: dict[str, Any], name: str, fresh_dynamo: None, counter: Any
 ) -> None:
@@ -520,7 +527,7 @@ def test_a_model_compiles_as_one_graph_for_each_ratio_and_never_again(
     assert_no_break_and(counter, compiles=2)
 
 
-@compiled_models
+@compiled(*LATER)
 def test_sizes_compile_no_more_often_than_in_the_original_and_never_on_return(
     scope: dict[str, Any], name: str, fresh_dynamo: None, counter: Any
 ) -> None:
@@ -539,7 +546,7 @@ def test_sizes_compile_no_more_often_than_in_the_original_and_never_on_return(
     assert stock[1:] == [stock[1]] * 3
 
 
-@compiled_models
+@compiled(*OF_EACH_KIND)
 def test_a_dynamic_ratio_is_one_compile(scope: dict[str, Any], name: str, fresh_dynamo: None, counter: Any) -> None:
     model = MODELS[name]()
     result, arguments = transformed(model, dynamic_ratio=True, **scope), inputs(model)
@@ -585,7 +592,7 @@ def test_options_that_mean_nothing_in_a_transformer_are_errors_that_say_so() -> 
         transformed(sd3(), merge_mlp=True)
 
 
-@pytest.mark.parametrize("name", ["sd3", "sd3_controlnet", "qwen"])
+@pytest.mark.parametrize("name", ["sd3", "sd3_controlnet", "qwen", "chroma", "auraflow", "wan"])
 @scopes
 def test_weights_that_are_asked_for_where_no_mask_is_taken_are_an_error_in_words(
     scope: dict[str, Any], name: str
@@ -594,7 +601,7 @@ def test_weights_that_are_asked_for_where_no_mask_is_taken_are_an_error_in_words
         transformed(MODELS[name](), prop_attn=True, **scope)
 
 
-@pytest.mark.parametrize("name", ["pixart", "flux", "flux_controlnet"])
+@pytest.mark.parametrize("name", ["pixart", "flux", "flux_controlnet", "flux2", "cogvideox"])
 @scopes
 def test_weights_that_are_asked_for_are_those_of_the_default(scope: dict[str, Any], name: str) -> None:
     model, arguments = MODELS[name](), inputs(MODELS[name]())
@@ -759,8 +766,7 @@ def test_explain_asks_for_whole_tokens() -> None:
 
 
 @pytest.mark.slow
-@models
-@scopes
+@compiled(*OF_EACH_KIND)
 def test_diagnose_finds_nothing_to_mend(scope: dict[str, Any], name: str, fresh_dynamo: None) -> None:
     result = transformed(MODELS[name](), **scope)
     with torch.no_grad():
@@ -803,8 +809,7 @@ def test_code_that_inductor_writes_computes_the_same(scope: dict[str, Any], name
 
 
 @pytest.mark.slow
-@models
-@scopes
+@compiled(*LATER, attention=OF_EACH_KIND)
 def test_a_model_can_be_exported(scope: dict[str, Any], name: str) -> None:
     result, arguments = transformed(MODELS[name](), **scope), inputs(MODELS[name]())
     with torch.no_grad():

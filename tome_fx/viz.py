@@ -93,23 +93,26 @@ def recorded_slots(model: nn.Module) -> Iterator[Recorded]:
             f"{type(inner).__name__} is compiled, and compiled code calls no hooks: draw what it merges before that"
         )
     recorded = Recorded(family_of(inner).merged_sites(inner, merging.plan))
+    first = {site.transformer: site.path for site in reversed(recorded.sites)}
 
     def count(*_: Any) -> None:
         recorded.calls += 1
 
-    def note(path: str) -> Any:
+    def note(site: Site) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tokens = args[0] if args else kwargs["hidden_states"]
             for value in (*args, *kwargs.values()):
                 if isinstance(value, SlotMap):
-                    text = value.slot.shape[1] - tokens.shape[1]  # tokens of text, where the slot map has them first
-                    recorded.slots[path][recorded.calls - 1] = value.slot[-1, text:].cpu() - text
+                    # Text comes first in some slot maps, and in some tokens as well, but not in those of first blocks.
+                    of_first = recorded.slots[first[site.transformer]].get(recorded.calls - 1, tokens[0])
+                    text = value.slot.shape[1] - len(of_first)
+                    recorded.slots[site.path][recorded.calls - 1] = value.slot[-1, text:].cpu() - text
 
         return hook
 
     handles = [inner.register_forward_pre_hook(count)]
-    for path in recorded.slots:
-        handles.append(inner.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True))
+    for site in recorded.sites:
+        handles.append(inner.get_submodule(site.path).register_forward_pre_hook(note(site), with_kwargs=True))
     try:
         yield recorded
     finally:
