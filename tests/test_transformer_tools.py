@@ -20,7 +20,6 @@ from test_transformer_pipelines import (
     euler,
     of_flux_controlnet,
     of_kontext,
-    of_wan,
     prompt,
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -87,8 +86,11 @@ def test_one_of_several_models_is_drawn_where_it_is_named() -> None:
 
 
 def test_frames_of_a_video_are_not_drawn() -> None:
+    model = tome_fx.transform(MODELS["wan"](), 0.5)
+    with viz.recorded_slots(model) as recorded:
+        diffusion.output(model, diffusion.inputs(model))
     with pytest.raises(tome_fx.TransformError, match=r"expected the 8 x 8 tokens of one image in blocks\.0, found 192"):
-        mapped(*of_wan(tome_fx.transform))
+        viz.drawn(torch.zeros(3, 8, 8), recorded, (SIDE, SIDE))
 
 
 def test_tokens_of_two_pictures_are_not_drawn() -> None:

@@ -52,32 +52,28 @@ from tome_fx.families.registry import family_of
 from tome_fx.families.skeleton import skeleton
 from tome_fx.plan import TransformError
 
-# Of those whose text is in the tokens' sequence one stands for all, and of those of videos, but for a thorough run.
 FIRST = ("pixart", "sd3", "sd3_controlnet", "sd3_controlnet_without_text", "flux", "flux_controlnet", "qwen")
+LATER = tuple(name for name in MODELS if name not in FIRST)
+OF_EACH_KIND = ("chroma", "wan", "ltx")  # whose tokens lie where coordinates, the video or numbers tell
+# Of later ones Chroma and Wan stand for all, and where a test takes long Flux does, but for a thorough run.
 QUICK = (*FIRST, "chroma", "wan")
 models = pytest.mark.parametrize("name", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
-# Where a test takes long, one model of those whose tokens lie on a line does.
 scopes = pytest.mark.parametrize("scope", [{"merge_block": True}, {"merge_block": False}], ids=["blocks", "attention"])
 some = pytest.mark.parametrize("name", [m if m == "flux" else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
 
 
-def compiled(*later: str, attention: tuple[str, ...] = ()) -> pytest.MarkDecorator:
-    """The first models in both scopes, one quick and the others slow, and whole blocks of later ones, or attention."""
-    cases = [(True, "blocks", (*FIRST, *later)), (False, "attention", (*FIRST, *attention))]
+def compiled(*later: str) -> pytest.MarkDecorator:
+    """The first models in both scopes, one of them quick and the others slow, and later ones merged whole."""
     return pytest.mark.parametrize(
         "scope, name",
         [
             pytest.param(
                 {"merge_block": whole}, name, id=f"{kind}-{name}", marks=() if name == "flux" else pytest.mark.slow
             )
-            for whole, kind, names in cases
-            for name in names
+            for whole, kind in ((True, "blocks"), (False, "attention"))
+            for name in (*FIRST, *(later if whole else ()))
         ],
     )
-
-
-LATER = tuple(name for name in MODELS if name not in FIRST)
-OF_EACH_KIND = ("chroma", "wan", "ltx")  # what tells where tokens lie: coordinates, the video, numbers
 
 
 def transformed(model: Any, ratio: float = 0.5, **options: Any) -> Any:
@@ -430,11 +426,11 @@ def with_second_picture(name: str) -> dict[str, Any]:
     tokens = torch.cat([one["hidden_states"], second["hidden_states"]], dim=1)
     if name == "qwen":
         return {**one, "hidden_states": tokens, "img_shapes": [[(1, 8, 8), (1, 8, 8)]] * 2}
-    beside = one["img_ids"] + torch.tensor([1.0, 0, 0])
+    beside = one["img_ids"] + (torch.arange(one["img_ids"].shape[1]) == 0)
     return {**one, "hidden_states": tokens, "img_ids": torch.cat([one["img_ids"], beside])}
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen"])
+@pytest.mark.parametrize("name", ["flux", "qwen", "flux2"])
 @pytest.mark.parametrize("tile", [4, 8])
 @scopes
 def test_a_second_picture_of_whole_tiles_is_merged_as_a_plain_patch_merges_it_by_itself(
@@ -513,7 +509,7 @@ def test_several_pictures_of_qwen_are_told_by_their_shapes(scope: dict[str, Any]
     assert torch.equal(output(transformed(qwen(), 0, **scope), arguments), output(qwen(), arguments))
 
 
-@compiled(*LATER, attention=OF_EACH_KIND)
+@compiled(*LATER)
 def test_a_model_compiles_as_one_graph_for_each_ratio_and_never_again(
     scope: dict[str, Any], name: str, fresh_dynamo: None, counter: Any
 ) -> None:
@@ -527,7 +523,7 @@ def test_a_model_compiles_as_one_graph_for_each_ratio_and_never_again(
     assert_no_break_and(counter, compiles=2)
 
 
-@compiled(*LATER)
+@compiled(*OF_EACH_KIND)
 def test_sizes_compile_no_more_often_than_in_the_original_and_never_on_return(
     scope: dict[str, Any], name: str, fresh_dynamo: None, counter: Any
 ) -> None:
@@ -809,7 +805,7 @@ def test_code_that_inductor_writes_computes_the_same(scope: dict[str, Any], name
 
 
 @pytest.mark.slow
-@compiled(*LATER, attention=OF_EACH_KIND)
+@compiled(*LATER)
 def test_a_model_can_be_exported(scope: dict[str, Any], name: str) -> None:
     result, arguments = transformed(MODELS[name](), **scope), inputs(MODELS[name]())
     with torch.no_grad():
