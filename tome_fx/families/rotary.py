@@ -96,7 +96,9 @@ def of_image(tables: Any, slots: ops.SlotMap | None, places: Tensor | None) -> A
         slots: The slot map.
         places: From `ops.places`, `[B, K]`.
     """
-    return tables if places is None or tables is None else tuple([Rows(part[places]) for part in tables])
+    if places is None or tables is None:
+        return tables
+    return tuple([Rows(part.to(places.device)[places]) for part in tables])  # CogView 4 makes its own on the CPU
 
 
 def of_each(tables: Any, slots: ops.SlotMap | None, places: Tensor | None) -> Any:
