@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tome_fx
+from tome_fx.families import rotary
 from tome_fx.families.facts import CANNOT, FACTS
 from tome_fx.families.registry import family_of
 from tome_fx.families.skeleton import skeleton
@@ -332,6 +333,12 @@ def test_a_processor_that_asks_more_of_the_table_of_places_is_told_what_it_may()
     output(transformed(model, 0), arguments)
     with pytest.raises(AttributeError, match="table of places has no shape where tokens are merged"):
         output(transformed(model), arguments)
+
+
+def test_a_table_of_places_that_was_made_elsewhere_is_taken_to_the_tokens() -> None:
+    table, places = torch.ones(4, 6), torch.zeros(2, 3, dtype=torch.long, device="meta")
+    for part in rotary.of_image(nn.Identity(), (table, table), None, places):
+        assert (part.rows.device.type, part.rows.shape) == ("meta", (2, 3, 6))
 
 
 @some
