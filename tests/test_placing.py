@@ -177,7 +177,7 @@ def test_a_video_whose_sides_are_not_those_of_its_tokens_is_an_error_in_words() 
     options: dict[str, Any] = {"sx": 2, "sy": 2, "seed": None}
     assert ops.match_frames(tokens(1, 60), 0, 0, 0, kept=None, **options) is None
     assert ops.match_frames(tokens(1, 6), 6, 1, 1, kept=1, **options) is None
-    with pytest.raises(ValueError, match="60 tokens are not those of 3 frames of 4 x 4, as the model is told"):
+    with pytest.raises(ValueError, match="60 tokens are not those of 3 frames of 4 x 4, the grid"):
         ops.match_frames(tokens(1, 60), 3, 4, 4, kept=8, **options)
 
 

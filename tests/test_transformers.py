@@ -127,6 +127,8 @@ def control(model: Any) -> dict[str, Any]:
         return {"block_controlnet_hidden_states": residuals(model, 2)}
     if model is qwen():
         return {"controlnet_block_samples": residuals(model, 3)}
+    if model in (MODELS["hunyuan_dit"](), MODELS["chroma"]()):  # Chroma's for its last blocks are refused
+        return {"controlnet_block_samples": residuals(model, 1)}
     return {
         "controlnet_block_samples": residuals(model, 1),
         "controlnet_single_block_samples": residuals(model, 3),
@@ -202,6 +204,32 @@ def test_fused_projections_are_merged_too(name: str) -> None:
     expected = output(result, arguments)
     result.fuse_qkv_projections()
     assert relative_error(output(result, arguments), expected) < 1e-5
+
+
+@scopes
+def test_fused_projections_that_cannot_weigh_are_merged_without_weights_or_refused_in_words(
+    scope: dict[str, Any],
+) -> None:
+    model, arguments = copy.deepcopy(MODELS["cogvideox"]()), inputs(MODELS["cogvideox"]())
+    expected = output(transformed(model, prop_attn=False, **scope), arguments)
+    model.fuse_qkv_projections()
+    assert relative_error(output(transformed(model, **scope), arguments), expected) < 1e-5
+    with pytest.raises(TransformError, match=r"FusedCogVideoXAttnProcessor2_0 pads a mask .*: prop_attn=True cannot"):
+        output(transformed(model, prop_attn=True, **scope), arguments)
+
+
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("chroma", lambda model: {"controlnet_single_block_samples": residuals(model, 2)}),
+        ("flux2", lambda model: {"kv_cache_mode": "extract", "num_ref_tokens": 4}),
+    ],
+)
+def test_what_cannot_be_traced_is_told_by_the_arguments_that_a_traced_call_had_not(name: str, more: Any) -> None:
+    model = MODELS[name]()
+    given = {**inputs(model), **more(model)}
+    with pytest.raises(TransformError, match=f"A call without .*{next(iter(more(model)))}.* was traced before: leave"):
+        output(transformed(model), given)
 
 
 def test_a_processor_that_returns_other_values_than_known_is_an_error_in_words() -> None:
@@ -376,14 +404,15 @@ def test_a_lora_has_its_scale(scope: dict[str, Any], name: str, ratio: float) ->
     assert relative_error(output(result, arguments), output(result, scaled)) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "qwen"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen", "hunyuan_dit", "chroma"])
 @scopes
 def test_residuals_of_a_controlnet_are_added_to_whole_tokens_between_merged_blocks(
     scope: dict[str, Any], name: str
 ) -> None:
     model = MODELS[name]()
-    arguments = {**inputs(model), **control(model)}
-    result, expected = output(transformed(model, **scope), arguments), output(patched(model, **scope), arguments)
+    result, expected = (
+        output(changed(model, **scope), {**inputs(model), **control(model)}) for changed in (transformed, patched)
+    )
     assert relative_error(result, expected) < 1e-6
     assert relative_error(output(transformed(model, **scope), inputs(model)), expected) > 1e-3
 
@@ -503,7 +532,9 @@ def test_a_video_that_is_told_by_coordinates_alone_is_refused_in_words(scope: di
     arguments["video_coords"] = places.mT.expand(2, -1, -1)
     model = MODELS["ltx"]()
     assert torch.equal(output(transformed(model, 0, **scope), arguments), output(model, arguments))
-    with pytest.raises(ValueError, match="192 tokens are not those of 0 frames of 0 x 0, as the model is told"):
+    with pytest.raises(
+        ValueError, match=r"192 tokens are not those of 0 frames of 0 x 0, the grid .* beside coordinates as well"
+    ):
         output(transformed(model, **scope), arguments)
 
 

@@ -39,6 +39,7 @@ MIXING_PROCESSORS = (
     "CrossFrameAttnProcessor",
     "CrossFrameAttnProcessor2_0",
 )
+PADDING_PROCESSORS = ("FusedCogVideoXAttnProcessor2_0",)  # which lengthen a mask that has the text's entries already
 
 
 NATIVE = "native"
@@ -67,6 +68,8 @@ def why_unweighed(attention: nn.Module) -> str:
         return "attends to the prompt, whose tokens are not merged"
     if type(processor).__name__ in MIXING_PROCESSORS:
         return "attends in parts of the batch or across it, and would mix up the weights of its images"
+    if type(processor).__name__ in PADDING_PROCESSORS:
+        return "pads a mask by the length of the text, which merged tokens would be weighed by one with"
     if processor is not None and maps.ignores(type(processor), "attention_mask"):
         return "takes no notice of attention_mask"
     backend = _backend(processor)

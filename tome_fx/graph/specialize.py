@@ -184,14 +184,20 @@ def _method_for(cls: Any, kinds: tuple[Hashable, ...], settings: tuple[Hashable,
     """The name of the method that serves this kind of call; see NOTE [One graph per call signature]."""
     with _lock:
         if (kinds, settings) not in cls.graphs:
-            _add(cls, (kinds, settings), _rewritten(cls.structure, cls.rewrite, kinds, settings))
+            first, _ = next(iter(cls.graphs))
+            _add(cls, (kinds, settings), _rewritten(cls.structure, cls.rewrite, kinds, settings, first))
         name: str = cls._methods[kinds, settings]
         return name
 
 
 def _rewritten(
-    structure: Structure, rewrite: Pass, kinds: tuple[Hashable, ...], settings: tuple[Hashable, ...]
+    structure: Structure,
+    rewrite: Pass,
+    kinds: tuple[Hashable, ...],
+    settings: tuple[Hashable, ...],
+    first: tuple[Hashable, ...] | None = None,
 ) -> fx.Graph:
+    """The graph of a kind of call; an error tells what the first kind that was traced had not."""
     try:
         graph = trace(structure, kinds, settings)
     except Exception as error:
@@ -200,6 +206,12 @@ def _rewritten(
         if isinstance(error, AttributeError) and isinstance(error.obj, structure.base):
             reason = (
                 f"the module had no {error.name} when it was transformed: load what brings it first, then transform"
+            )
+        given = zip(structure.parameters, kinds, first or kinds, strict=True)
+        if more := [p.name for p, mine, theirs in given if mine is not None and theirs is None]:
+            reason += (
+                f". A call without {', '.join(more)} was traced before: leave out what the model can do without, or "
+                "call the one that was transformed"
             )
         raise TransformError(
             f"could not trace {structure.base.__module__}.{structure.base.__qualname__}.forward for a call of {call}: "

@@ -110,7 +110,8 @@ def match_frames(
     batch, count = tokens.shape[:2]
     if count != frames * height * width:
         raise ValueError(
-            f"{count} tokens are not those of {frames} frames of {height} x {width}, as the model is told that they lie"
+            f"{count} tokens are not those of {frames} frames of {height} x {width}, the grid that the model is given: "
+            "give the true one, beside coordinates as well, or merge nothing by ratio=0"
         )
     each = tokens.detach().reshape(batch * frames, height * width, tokens.shape[2])
     slots = match(each, height, width, kept=kept, sx=sx, sy=sy, seed=seed, tile=tile)
