@@ -365,7 +365,7 @@ def test_a_processor_that_asks_more_of_the_table_of_places_is_told_what_it_may()
 
 def test_a_table_of_places_that_was_made_elsewhere_is_taken_to_the_tokens() -> None:
     table, places = torch.ones(4, 6), torch.zeros(2, 3, dtype=torch.long, device="meta")
-    for part in rotary.of_image(nn.Identity(), (table, table), None, places):
+    for part in rotary.of_image((table, table), None, places):
         assert (part.rows.device.type, part.rows.shape) == ("meta", (2, 3, 6))
 
 
