@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -98,3 +98,11 @@ def calls_of(graph: fx.Graph, modules: Collection[str]) -> Iterator[Call]:
         for place, argument in enumerate(node.args):
             if isinstance(argument, fx.Node) and argument.op == "get_attr" and argument.target in modules:
                 yield Call(node, str(argument.target), place + 1)
+
+
+def replaced_after(node: fx.Node, function: Callable[..., object], arguments: tuple[fx.Node, ...]) -> fx.Node:
+    """Have everybody who reads the node read what the function makes of it and of other arguments."""
+    with node.graph.inserting_after(node):
+        result = node.graph.call_function(function, arguments)
+    node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+    return result
