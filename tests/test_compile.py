@@ -205,7 +205,7 @@ def test_random_destinations_are_the_same_when_compiled(options: dict[str, Any])
     assert relative_error(compiled, output(transform(two_stages(), ratio=0.5, use_rand=False), arguments)) > 1e-3
 
 
-@pytest.mark.parametrize("dynamic_ratio", [False, True])
+@pytest.mark.parametrize("dynamic_ratio", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(dynamic_ratio: bool) -> None:
     gradients = []
     model = transform(two_stages(), ratio=0.5, dynamic_ratio=dynamic_ratio)

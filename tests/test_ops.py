@@ -659,7 +659,7 @@ def assert_same_results(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # Inductor's own
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_slot_maps_are_the_eager_ones(backend: str) -> None:
     compiled = torch.compile(Sites(), backend=backend, fullgraph=True)
     assert_same_results(compiled(*site_inputs()), Sites()(*site_inputs()))

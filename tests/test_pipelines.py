@@ -226,7 +226,7 @@ def test_half_of_the_tokens_reach_attention_at_the_finest_level_over_images_and_
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("case", cases(fast=("text", "clips")))
+@pytest.mark.parametrize("case", cases(fast=("text",)))
 def test_a_compiled_pipeline_makes_the_same_of_as_many_graphs_as_the_stock_one(case: Case, counter: Any) -> None:
     def compiled(change: Change) -> tuple[Tensor, int]:
         torch._dynamo.reset()  # no graph of one counts for the other

@@ -64,12 +64,15 @@ some = pytest.mark.parametrize("name", [m if m == "flux" else pytest.param(m, ma
 
 
 def compiled(*later: str) -> pytest.MarkDecorator:
-    """The first models in both scopes, one of them quick and the others slow, and later ones merged whole."""
+    """The first models in both scopes, and later ones merged whole: all but one of these slow."""
     return pytest.mark.parametrize(
         "scope, name",
         [
             pytest.param(
-                {"merge_block": whole}, name, id=f"{kind}-{name}", marks=() if name == "flux" else pytest.mark.slow
+                {"merge_block": whole},
+                name,
+                id=f"{kind}-{name}",
+                marks=() if whole and name == "flux" else pytest.mark.slow,
             )
             for whole, kind in ((True, "blocks"), (False, "attention"))
             for name in (*FIRST, *(later if whole else ()))
