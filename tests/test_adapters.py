@@ -446,7 +446,7 @@ def test_xformers_gives_what_it_gives_in_the_stock_model(place: int) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@everywhere(CASES | {"qkv": UNDONE["qkv"]}, ends=True, fast=("lora-scale", "ip-masks"))
+@everywhere(CASES | {"qkv": UNDONE["qkv"]}, ends=True, fast=("lora-scale",))
 def test_compiled_it_is_one_graph_that_gives_what_eager_gives(case: Case, place: int) -> None:
     result, arguments = case.unet(place), case.arguments()
     compiled = torch.compile(result, backend="eager", fullgraph=True)

@@ -677,7 +677,7 @@ class Own:
     "merged tokens are not weighed",
     group="Diffusion transformers",
 )
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @scopes
 def test_a_backend_that_takes_no_mask_is_given_no_weights_and_asked_for_them_is_an_error_in_words(
     scope: dict[str, Any], compiled: bool, fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch
