@@ -195,7 +195,7 @@ class Lesson:
 
 LESSONS = {
     "unet": Lesson(of_velocity, SIDE // 2, 1e-3, (0.9, 0.999), 2500, 4700),
-    "transformer": Lesson(of_flow, SIDE, 2e-3, (0.9, 0.95), 1350, 1500),
+    "transformer": Lesson(of_flow, SIDE, 2e-3, (0.9, 0.95), 4500, 5000),
 }
 
 
