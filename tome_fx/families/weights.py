@@ -31,15 +31,19 @@ from tome_fx.families import maps
 from tome_fx.graph.scopes import Weigh
 from tome_fx.ops.tiling import once
 
-# Of perturbed-attention guidance and of text-to-video zero: they attend in parts of the batch, or across it, and would
-# give some images the weights of others.
-MIXING_PROCESSORS = (
-    "PAGIdentitySelfAttnProcessor2_0",
-    "PAGCFGIdentitySelfAttnProcessor2_0",
-    "CrossFrameAttnProcessor",
-    "CrossFrameAttnProcessor2_0",
-)
-PADDING_PROCESSORS = ("FusedCogVideoXAttnProcessor2_0",)  # which lengthen a mask that has the text's entries already
+# Processors that take a mask and cannot weigh by it, each with the reason.
+CANNOT_WEIGH = {
+    **dict.fromkeys(  # of perturbed-attention guidance and of text-to-video zero
+        (
+            "PAGIdentitySelfAttnProcessor2_0",
+            "PAGCFGIdentitySelfAttnProcessor2_0",
+            "CrossFrameAttnProcessor",
+            "CrossFrameAttnProcessor2_0",
+        ),
+        "attends in parts of the batch or across it, and would mix up the weights of its images",
+    ),
+    "FusedCogVideoXAttnProcessor2_0": "pads a mask by the length of the text, even one that has entries for the text",
+}
 
 
 NATIVE = "native"
@@ -66,10 +70,8 @@ def why_unweighed(attention: nn.Module) -> str:
     processor = getattr(attention, "processor", None)
     if getattr(attention, "is_cross_attention", False):
         return "attends to the prompt, whose tokens are not merged"
-    if type(processor).__name__ in MIXING_PROCESSORS:
-        return "attends in parts of the batch or across it, and would mix up the weights of its images"
-    if type(processor).__name__ in PADDING_PROCESSORS:
-        return "pads a mask by the length of the text, which merged tokens would be weighed by one with"
+    if reason := CANNOT_WEIGH.get(type(processor).__name__):
+        return reason
     if processor is not None and maps.ignores(type(processor), "attention_mask"):
         return "takes no notice of attention_mask"
     backend = _backend(processor)
