@@ -67,6 +67,17 @@ def of_flux(model: Any, height: int, width: int, text_tokens: int, random: Rando
     return {**inputs, "guidance": random().abs()} if config.guidance_embeds else inputs
 
 
+def of_flux_controlnet(model: Any, height: int, width: int, text_tokens: int, random: Random) -> dict[str, Any]:
+    """The same and a picture, as tokens or in pixels, and its kind for a model of several."""
+    inputs = of_flux(model, height, width, text_tokens, random)
+    inputs["controlnet_cond"] = torch.randn_like(inputs["hidden_states"])
+    if model.input_hint_block is not None:
+        inputs["controlnet_cond"] = random(3, height * PIXELS, width * PIXELS)
+    if model.union:
+        inputs["controlnet_mode"] = torch.zeros_like(inputs["timestep"][:, None], dtype=torch.long)
+    return inputs
+
+
 def of_chroma(model: Any, height: int, width: int, text_tokens: int, random: Random) -> dict[str, Any]:
     """Of Chroma: tokens with their coordinates, a prompt whose last token is masked, a time step."""
     config = model.config
@@ -105,17 +116,6 @@ def _coordinates(rows: int, columns: int, like: Tensor) -> Tensor:
     """Those of the tokens of a picture, `[N, 3]`: 0, row, column."""
     place = torch.arange(rows * columns, device=like.device)
     return torch.stack([place * 0, place // columns, place % columns], dim=1).to(like.dtype)
-
-
-def of_flux_controlnet(model: Any, height: int, width: int, text_tokens: int, random: Random) -> dict[str, Any]:
-    """The same and a picture, as tokens or in pixels, and its kind for a model of several."""
-    inputs = of_flux(model, height, width, text_tokens, random)
-    inputs["controlnet_cond"] = torch.randn_like(inputs["hidden_states"])
-    if model.input_hint_block is not None:
-        inputs["controlnet_cond"] = random(3, height * PIXELS, width * PIXELS)
-    if model.union:
-        inputs["controlnet_mode"] = torch.zeros_like(inputs["timestep"][:, None], dtype=torch.long)
-    return inputs
 
 
 def of_qwen(model: Any, height: int, width: int, text_tokens: int, random: Random) -> dict[str, Any]:
