@@ -82,6 +82,7 @@ def train_denoiser(
     vae, name = pipe.vae, denoiser_name(pipe)
     lesson = LESSONS[name]
     coarse = lesson.coarse if coarse is None else coarse
+    steps = lesson.steps if steps is None else steps
     both = nn.ModuleDict({name: denoiser_of(pipe), "text_encoder": pipe.text_encoder})
     compiled = torch.compile(denoiser_of(pipe))
     test = numbered(HELD_OUT, 32)
@@ -106,7 +107,6 @@ def train_denoiser(
         write_grid(path.parent / f"{path.stem}-{step}.png", images, 8)
         return f"right: {reader.right(test, images).float().mean():.3f}"
 
-    steps = steps or lesson.steps
     fit(path, both, loss, steps=steps, rate=lesson.rate, betas=lesson.betas, decay=0.999, show=show)
 
 
@@ -194,8 +194,8 @@ class Lesson:
 
 
 LESSONS = {
-    "unet": Lesson(of_velocity, SIDE // 2, 1e-3, (0.9, 0.999), 2500, 4700),
-    "transformer": Lesson(of_flow, SIDE, 2e-3, (0.9, 0.95), 4500, 5000),
+    "unet": Lesson(of_velocity, side=SIDE // 2, rate=1e-3, betas=(0.9, 0.999), coarse=2500, steps=4700),
+    "transformer": Lesson(of_flow, side=SIDE, rate=2e-3, betas=(0.9, 0.95), coarse=4500, steps=5000),
 }
 
 
