@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from bench.cases import Options, options, told
@@ -68,7 +69,9 @@ class Task:
 
 # What eager attention writes out is beyond a laptop's memory where images are large
 FUSED = tuple(name for name, run in RUNS.items() if run.fused)
-SCOPES = (options(merge_crossattn=True), options(merge_crossattn=True, merge_mlp=True))
+SCOPES = ("sdpa", "compile", "tome_fx+compile", "tome_fx+blocks+compile")
+OURS = (*SCOPES, "tome_fx+kv+compile")
+GPU = (*OURS, "tomesd+sdpa", "v0.1+compile", "oracle+compile")
 
 
 def suite(name: str, device: str) -> list[Task]:
@@ -88,12 +91,17 @@ def suite(name: str, device: str) -> list[Task]:
     if name == "seed":
         grid = itertools.product((512, 768, 1024), (1, 2, 4, 8, 10))
         return [Task(Cell("sd15", side, batch, dtype=half, device=device)) for side, batch in grid]
-    sizes = [("sd15", side) for side in (512, 768, 1024, 1536, 2048)] + [("sdxl", side) for side in (1024, 1536, 2048)]
-    merging: list[tuple[float, Options]] = [(0.25, ()), (0.5, ()), (0.75, ()), *((0.5, scope) for scope in SCOPES)]
+    transformer = partial(Cell, dtype="bf16", device=device)  # random weights overflow in fp16
+    unet = partial(Cell, dtype=half, device=device)
     return [
-        Task(Cell(model, side, ratio=ratio, options=given, dtype=half, device=device))
-        for (model, side), (ratio, given) in itertools.product(sizes, merging)
+        Task(unet("sd15", 512), GPU, rounds=20),
+        Task(unet("sdxl", 1024), OURS, rounds=20),
+        Task(unet("sdxl", 2048), OURS, rounds=20),
+        Task(unet("sd15", 1024), GPU, rounds=20),
+        Task(unet("sd15", 2048), OURS, rounds=20),
+        Task(transformer("sd35-medium", 1024), SCOPES, rounds=20),
+        Task(transformer("flux", 1024, guidance=False, mode="regional"), SCOPES, rounds=20),
     ]
 
 
-SUITES = ("seed", "headline", "cpu", "smoke")
+SUITES = ("seed", "gpu", "cpu", "smoke")

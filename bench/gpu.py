@@ -48,7 +48,7 @@ class Plan:
     side: int
 
 
-PLAN = Plan("cuda", "fp16", ("seed", "headline"), weights.TOKENS, 128)
+PLAN = Plan("cuda", "fp16", ("gpu",), weights.TOKENS, 128)
 REHEARSAL = Plan("cpu", "fp32", ("smoke",), (64,), 16)
 
 
@@ -81,7 +81,8 @@ def steps(folder: Path, plan: Plan) -> list[Step]:
         for i, task in enumerate(tasks, 1):
             given = {"suite": name, "device": plan.device, "part": f"{i}/{len(tasks)}", "json": path}
             left = partial(latency.left, task, path, breakdown=True)
-            result.append(Step(f"{name}: {task.cell}", (*_bench("latency", **given), "--breakdown"), left))
+            command = (*_bench("latency", **given), "--breakdown", "--apart")
+            result.append(Step(f"{name}: {task.cell}", command, left))
     return result
 
 

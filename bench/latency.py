@@ -3,8 +3,10 @@
 import argparse
 import hashlib
 import itertools
+import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,50 +19,83 @@ from bench import documents, flops, measure, models
 from bench.cases import DEFAULTS, Case
 from bench.cells import SUITES, Cell, Task, suite
 from bench.images import decode, denoise
+from bench.measure import Apart
 from bench.options import add_merging, merging, note_given, refuse_idle
 from bench.peers import finest_sites
 from bench.runs import MODES, RUNS, prepare
-from bench.tables import SEARCHES, table
+from bench.tables import MERGING, SEARCHES, table
 from bench.variants import merged, predict
 from tome_fx import ops, plan
 from tome_fx.families.skeleton import skeleton
 from tome_fx.families.weights import weights
 
+Build = Callable[[str, str, torch.dtype], Any]  # `bench.models.build`
 NOTE = "Weights are random, from a seed: latency does not depend on them."
 STEPS = 50  # of an end-to-end image: diffusers' default
 
 
-def run(tasks: Sequence[Task], path: Path, *, breakdown: bool = False) -> Any:
-    """Measure the cells that the file does not hold yet, write them into it, and return its content."""
+def run(tasks: Sequence[Task], path: Path, *, breakdown: bool = False, apart: bool = False) -> Any:
+    """Measure the cells that the file does not hold yet, write them into it, and return its content.
+
+    Args:
+        tasks: What to measure.
+        path: The file.
+        breakdown: Whether to measure the parts of a site as well.
+        apart: Whether all rows of all cells compile at once, in processes of their own, before any is timed.
+    """
     document = _document(path)
-    build = lru_cache(1)(models.build)  # of cells in a row
-    for task in tasks:
-        if not left(task, path, breakdown=breakdown):
-            continue
-        cell, key, done = task.cell, task.cell.stored(), _measured(document, task)
-        unet = build(cell.model, cell.device, models.DTYPES[cell.dtype])
-        entry = done or {"cell": key, "complete": False, **documents.origin(cell.device)}
-        kept = _kept(path, entry)
-        if not done:
-            entry |= {"bounds": _bounds(unet, task), "rows": {}}
-            document["cells"] = [other for other in document["cells"] if other["cell"] != key] + [entry]
-            measure.compare(
-                {name: partial(_call, name, unet, cell) for name in task.names},
-                exact={name: not RUNS[name].merges for name in task.names},
-                rounds=task.rounds,
-                device=cell.device,
-                title=str(cell),
-                save=partial(_save, path, document, entry),
-                kept=kept,
-            )
-            entry["complete"] = True
-            documents.write(path, document)
-        if breakdown:
-            entry["breakdown"] = measure.as_json(_breakdown(unet, cell, task.rounds, kept))
-            documents.write(path, document)
-        shutil.rmtree(kept.parent, ignore_errors=True)
-        print(f"\n{cell}\n{table(entry)}\n", flush=True)
+    todo = [task for task in tasks if left(task, path, breakdown=breakdown)]
+    build = models.build if apart else lru_cache(1)(models.build)  # of cells in a row
+    with ExitStack() as stack:
+        started = {}
+        for task in todo:
+            runs: dict[str, Any] = {} if _measured(document, task) else _runs(task, build)
+            parts: dict[str, Any] = _parts(task.cell, build) if breakdown else {}
+            if apart:
+                threads = max(1, (os.cpu_count() or 1) // len(runs | parts))
+                runs, parts = (
+                    {name: stack.enter_context(closing(Apart(make, task.cell.device, threads))) for name, make in each}
+                    for each in (runs.items(), parts.items())
+                )
+            started[task] = runs, parts
+        for task, (runs, parts) in started.items():
+            _measure(task, runs, parts if breakdown else None, document, path)
     return document
+
+
+def _measure(
+    task: Task, runs: dict[str, Any], parts: dict[str, Any] | None, document: dict[str, Any], path: Path
+) -> None:
+    """What is left of a cell: rows, where there are any, and parts, where they are asked for."""
+    cell, key = task.cell, task.cell.stored()
+    entry = _measured(document, task) or {"cell": key, "complete": False, **documents.origin(cell.device)}
+    kept = _kept(path, entry)
+    if runs:
+        entry |= {"bounds": _bounds(task), "rows": {}}
+        document["cells"] = [other for other in document["cells"] if other["cell"] != key] + [entry]
+        measure.compare(
+            runs,
+            exact={name: not RUNS[name].merges for name in runs},
+            rounds=task.rounds,
+            device=cell.device,
+            title=str(cell),
+            save=partial(_save, path, document, entry),
+            kept=kept,
+        )
+        entry["complete"] = True
+        documents.write(path, document)
+    if parts is not None:
+        entry["breakdown"] = measure.as_json(_breakdown(parts, cell, task.rounds, kept))
+        documents.write(path, document)
+    for one in (*runs.values(), *(parts or {}).values()):
+        if isinstance(one, Apart):  # the cells after need its memory
+            one.close()
+    shutil.rmtree(kept.parent, ignore_errors=True)
+    print(f"\n{cell}\n{table(entry)}\n", flush=True)
+
+
+def _runs(task: Task, build: Build) -> dict[str, Callable[[], measure.Call]]:
+    return {name: partial(_call, name, build, task.cell) for name in task.names}
 
 
 def left(task: Task, path: Path, *, breakdown: bool = False) -> bool:
@@ -91,16 +126,17 @@ def _save(path: Path, document: dict[str, Any], entry: dict[str, Any], rows: dic
     documents.write(path, document)
 
 
-def _bounds(unet: UNet2DConditionModel, task: Task) -> dict[str, float]:
+def _bounds(task: Task) -> dict[str, float]:
     """By row, the stock UNet's FLOPs over the row's: the speed-up if time went with FLOPs."""
-    shapes, side = skeleton(unet), task.cell.resolution // models.LATENT
+    shapes, side = skeleton(models.build(task.cell.model, "meta")), task.cell.resolution // models.LATENT
     counted = partial(flops.counted, shapes=shapes, side=side)
     stock = counted(Case())
     return {name: stock / counted(RUNS[name].case(task.cell.ratio, task.cell.options)) for name in task.names}
 
 
-def _call(name: str, unet: UNet2DConditionModel, cell: Cell) -> measure.Call:
+def _call(name: str, build: Build, cell: Cell) -> measure.Call:
     """Prepare a row for a cell: the call to time."""
+    unet = build(cell.model, cell.device, models.DTYPES[cell.dtype])
     call = prepare(name, unet, ratio=cell.ratio, options=cell.options, mode=cell.mode)
     if cell.end_to_end:
         return image(call, unet, cell)
@@ -116,53 +152,66 @@ def image(call: Callable[..., Any], unet: UNet2DConditionModel, cell: Cell, *, s
     return lambda: decode(pipe, denoise(pipe, call, seeds=range(cell.batch), steps=steps, **inputs))
 
 
-def _breakdown(unet: UNet2DConditionModel, cell: Cell, rounds: int, kept: Path) -> dict[str, measure.Row]:
-    """The parts of one site of the finest level, each compiled alone, by what is searched: where a site's time goes."""
+PARTS = (
+    *(f"{part}, {search}" for search in SEARCHES for part in MERGING),
+    *(f"attention, {tokens}" for tokens in ("all tokens", "merged", "merged and weighed")),
+)
+
+
+def _parts(cell: Cell, build: Build) -> dict[str, Callable[[], measure.Call]]:
+    if cell.model in models.TRANSFORMERS:  # whose blocks are of many kinds
+        return {}
+    return {name: partial(_part, name, build, cell) for name in PARTS}
+
+
+def _part(name: str, build: Build, cell: Cell) -> measure.Call:
+    """A part of a site of the finest level, compiled alone, to time."""
+    unet = build(cell.model, cell.device, models.DTYPES[cell.dtype])
     site = finest_sites(unet)[0]
     side = cell.resolution // models.LATENT // site.downsample
     attention: Any = merged(unet, Case("tome_fx", cell.ratio)).get_submodule(f"{site.path}.attn1")
     tokens = torch.randn(cell.unet_batch, side * side, site.channels, device=unet.device, dtype=unet.dtype)
-    options: dict[str, Any] = {"kept": plan.kept(side, side, cell.ratio), "sx": 2, "sy": 2, "seed": 1}
-    match: dict[str, Callable[..., Any]] = {
-        search: partial(ops.match, height=side, width=side, tile=tile, **options)
-        for search, tile in zip(SEARCHES, (None, DEFAULTS["tile"]), strict=True)
-    }
+    part, of = name.split(", ")
+    match = partial(
+        ops.match,
+        height=side,
+        width=side,
+        tile=None if of == SEARCHES[0] else DEFAULTS["tile"],
+        kept=plan.kept(side, side, cell.ratio),
+        sx=2,
+        sy=2,
+        seed=1,
+    )
 
-    def large(search: str) -> tuple[Any, ...]:
-        return tokens, match[search](tokens)
-
-    def small(search: str) -> tuple[Any, ...]:
-        slots = match[search](tokens)
+    def small() -> tuple[Any, ...]:
+        slots = match(tokens)
         return ops.merge(tokens, slots), slots
 
-    # What a part is given is computed where its failure is its own.
-    parts: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = {}
-    for search in SEARCHES:
-        parts[f"match, {search}"] = (match[search], lambda: (tokens,))
-        parts[f"merge, {search}"] = (ops.merge, partial(large, search))
-        parts[f"unmerge, {search}"] = (ops.unmerge, partial(small, search))
-    parts["attention, all tokens"] = (lambda x: attention(x), lambda: (tokens,))
-    parts["attention, merged"] = (lambda x: attention(x), lambda: small(SEARCHES[-1])[:1])
-    parts["attention, merged and weighed"] = (
-        lambda x, slots: attention(x, attention_mask=weights(attention, x, slots)),
-        partial(small, SEARCHES[-1]),
-    )
+    # What a part is given is computed for it alone, so that a failure is its own.
+    parts: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = {
+        "match": (match, lambda: (tokens,)),
+        "merge": (ops.merge, lambda: (tokens, match(tokens))),
+        "unmerge": (ops.unmerge, small),
+        "attention, all tokens": (lambda x: attention(x), lambda: (tokens,)),
+        "attention, merged": (lambda x: attention(x), lambda: small()[:1]),
+        "attention, merged and weighed": (
+            lambda x, slots: attention(x, attention_mask=weights(attention, x, slots)),
+            small,
+        ),
+    }
+    run, inputs = parts[name if name in parts else part]
+    compiled, given = torch.compile(run, fullgraph=True), inputs()
+    return lambda: compiled(*given)
 
-    def make(part: Callable[..., Any], inputs: Callable[[], tuple[Any, ...]]) -> measure.Call:
-        compiled, given = torch.compile(part, fullgraph=True), inputs()
-        return lambda: compiled(*given)
 
+def _breakdown(parts: dict[str, Any], cell: Cell, rounds: int, kept: Path) -> dict[str, measure.Row]:
+    """The parts of one site of the finest level, each compiled alone, by what is searched: where a site's time goes."""
     return measure.compare(
-        {name: partial(make, *part) for name, part in parts.items()},
-        exact=None,
-        rounds=max(rounds, 10),
-        device=cell.device,
-        title=f"parts of {cell}",
-        kept=kept,
+        parts, exact=None, rounds=max(rounds, 10), device=cell.device, title=f"parts of {cell}", kept=kept
     )
 
 
-OF_A_SUITE = ("part", "device", "breakdown", "rounds", "json")
+OF_A_SUITE = ("part", "device", "breakdown", "apart", "rounds", "json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -183,6 +232,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-guidance", action="store_true", help="one call per image, not two")
     parser.add_argument("--end-to-end", action="store_true", help=f"seconds per image of {STEPS} steps, VAE included")
     parser.add_argument("--breakdown", action="store_true", help="time match, merge, unmerge and attention as well")
+    parser.add_argument(
+        "--apart", action="store_true", help="compile all at once, each row in a process of its own, which takes memory"
+    )
     parser.add_argument("--rounds", type=int, help="timed calls of each variant")
     parser.add_argument("--json", type=Path, help="where to; a file that is there is continued")
 
@@ -205,5 +257,5 @@ def main(arguments: argparse.Namespace) -> None:
     part, parts = map(int, a.part.split("/"))
     path = a.json or Path("out") / f"{a.suite or 'latency'}.json"
     print(NOTE)
-    run(tasks[part - 1 :: parts], path, breakdown=a.breakdown)
+    run(tasks[part - 1 :: parts], path, breakdown=a.breakdown, apart=a.apart)
     print(f"written to {path}")

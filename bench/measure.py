@@ -7,7 +7,9 @@ the cell again comes further, and the seconds told are those of a cold compile. 
 starts anew.
 """
 
+import contextlib
 import gc
+import multiprocessing
 import os
 import re
 import shutil
@@ -17,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -107,8 +110,95 @@ class Timer:
         return float(events[0].elapsed_time(events[1]))
 
 
+class Here:
+    """A variant in this process; `kept` is its folder, see NOTE [Compiled once]."""
+
+    def __init__(self, make: Callable[[], Call], timer: Timer, kept: Path | None) -> None:
+        self.make, self.timer, self.kept = make, timer, kept
+
+    def warmed(self) -> tuple[Row, torch.Tensor | None]:
+        """Its row after the warm-up, and its output where there is no error in it."""
+        row = Row()
+        try:
+            self.call, output = _warm_up(self.make, row, self.timer, self.kept)
+        except Exception as error:  # whatever a variant does wrong belongs in its cell
+            row.error = reason(error)
+            return row, None
+        return row, output
+
+    def sample(self) -> float:
+        """Milliseconds of a call."""
+        return self.timer(self.call)
+
+
+class Apart:
+    """A variant in a process of its own, which warms up at once beside others, and waits for its turns to be timed.
+
+    Args:
+        make: As `compare` has it, but that it can be pickled.
+        device: "cpu" or "cuda".
+        threads: Of Inductor's compilers.
+    """
+
+    def __init__(self, make: Callable[[], Call], device: str, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make, device, threads), daemon=True)
+        self.process.start()
+        theirs.close()  # ours ends with theirs, then
+
+    def warmed(self) -> tuple[Row, torch.Tensor | None]:
+        """As of `Here`, once it is warm."""
+        try:
+            row, output = self.connection.recv()
+        except EOFError:
+            return Row(error=f"its process ended with {self._ended()}"), None
+        return row, None if output is None else torch.from_numpy(output)
+
+    def sample(self) -> float:
+        """Milliseconds of a call.
+
+        Raises:
+            RuntimeError: What the call raised.
+        """
+        self.connection.send(None)
+        try:
+            result = self.connection.recv()
+        except EOFError:
+            result = f"its process ended with {self._ended()}"
+        if isinstance(result, str):
+            raise RuntimeError(result)
+        return float(result)
+
+    def close(self) -> None:
+        """End the process, and with it what it has on the device."""
+        self.connection.close()
+        self.process.join()
+
+    def _ended(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+
+def _serve(connection: Connection, make: Callable[[], Call], device: str, threads: int) -> None:
+    """What a variant's own process does until nobody is at the other end."""
+    torch._inductor.config.compile_threads = threads
+    one = Here(make, Timer(device), None)
+    with torch.no_grad(), contextlib.suppress(EOFError):
+        row, output = one.warmed()
+        told = output.float().cpu().numpy() if isinstance(output, torch.Tensor) else None
+        connection.send((row, told))  # a tensor itself would be shared through a file
+        while True:
+            connection.recv()
+            try:
+                result: float | str = one.sample()
+            except Exception as error:
+                result = reason(error)
+            connection.send(result)
+
+
 def compare(
-    runs: Mapping[str, Callable[[], Call]],
+    runs: Mapping[str, Callable[[], Call] | Apart],
     *,
     exact: Mapping[str, bool] | None,
     rounds: int,
@@ -120,46 +210,50 @@ def compare(
     """Time variants in interleaved rounds, A B C A B C, so that a drift of the machine meets all of them alike.
 
     Args:
-        runs: For each variant, what prepares it and returns the call to time, which returns its output.
+        runs: For each variant, what prepares it and returns the call to time, which returns its output; or itself,
+            where it is apart.
         exact: Whether a variant must give the output of the first exact one, up to rounding. None where the outputs
             have nothing to do with one another.
         rounds: Timed calls of each variant.
         device: "cpu" or "cuda".
         title: What the progress bar calls this cell.
         save: Called after the warm-up of each variant and after each round, with all rows so far.
-        kept: A folder for what is compiled: see NOTE [Compiled once]. None keeps nothing.
+        kept: A folder for what is compiled: see NOTE [Compiled once]. None keeps nothing, and so does what is apart.
 
     Returns:
         The rows. A variant that fails has its reason in `error` and no samples, and the others go on.
     """
-    rows = {name: Row() for name in runs}
-    calls: dict[str, Call] = {}
-    reference: torch.Tensor | None = None
+    rows: dict[str, Row] = {}
     timer = Timer(device)
+    all_of_them = {
+        name: run if isinstance(run, Apart) else Here(run, timer, kept and kept / _folder(name))
+        for name, run in runs.items()
+    }
+    reference: torch.Tensor | None = None
     torch._dynamo.reset()  # the cells before are done with, and so is their share of the recompile limit
     gc.collect()
     with torch.no_grad(), tqdm(total=len(runs) * (rounds + 2), desc=title, file=sys.stderr, leave=False) as bar:
-        for name, make in runs.items():
+        for name, one in all_of_them.items():
             bar.set_postfix_str(f"warming up {name}")
-            try:
-                call, output = _warm_up(make, rows[name], timer, kept and kept / _folder(name))
-                if exact is not None:
+            rows[name], output = one.warmed()
+            if exact is not None and output is not None:
+                try:
                     reference = _check(output, rows[name], reference, exact[name])
-                calls[name] = call
-            except Exception as error:  # whatever a variant does wrong belongs in its cell
-                rows[name].error = reason(error)
+                except ValueError as error:
+                    rows[name].error = reason(error)
             save(rows)
             bar.update()
         for turn in range(rounds + 1):
-            for name in list(calls):
+            for name, one in all_of_them.items():
+                if rows[name].error:
+                    continue
                 bar.set_postfix_str(name)
                 try:
-                    sample = timer(calls[name])
+                    sample = one.sample()
                     if turn:  # the first brings back what the machine put away while the others compiled
                         rows[name].samples_ms.append(sample)
                 except Exception as error:
                     rows[name].error, rows[name].samples_ms = reason(error), []
-                    del calls[name]
                 bar.update()
             save(rows)
     return rows

@@ -86,9 +86,14 @@ def build(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
     """A UNet or a transformer by the name of its config, with weights from a seed, or from a diffusers folder."""
     if name in CONFIGS:
         kind, config = CONFIGS[name]
-        with torch.random.fork_rng(devices=[]), torch.device(device):
-            torch.manual_seed(0)
-            model = getattr(diffusers, kind)(**config)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # there may be no room for as many values of float32
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device(device):
+                torch.manual_seed(0)
+                model = getattr(diffusers, kind)(**config)
+        finally:
+            torch.set_default_dtype(default)
         if dtype != torch.float32:
             model.to(dtype)
         return model.eval().requires_grad_(False)

@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from bench import (
 )
 from bench.cases import Case, options
 from bench.cells import Cell, Task, suite
+from bench.measure import Apart
 from tome_fx.families.skeleton import skeleton
 
 RESULTS = sorted(report.RESULTS.glob("*.json"))
@@ -64,6 +67,39 @@ def test_a_variant_slowed_on_purpose_is_shown_slower() -> None:
     ratio = tables.speedup(rows, "slow", "fast")
     assert ratio is not None
     assert ratio > 2
+
+
+def fail() -> None:
+    raise ValueError("spoilt")
+
+
+def die() -> None:
+    os._exit(3)
+
+
+def prepared(milliseconds: float, first: Callable[[], None] | None = None) -> Callable[[], Tensor]:
+    """What a process of its own can be given, and does first."""
+    if first:
+        first()
+    return spin(milliseconds)
+
+
+@pytest.mark.slow  # seconds for each process to begin
+def test_variants_in_processes_of_their_own_are_compared_like_others_and_one_that_dies_takes_none_with_it() -> None:
+    makes = {"fast": partial(prepared, 1), "slow": partial(prepared, 20)}
+    makes |= {"failing": partial(prepared, 1, fail), "dying": partial(prepared, 1, die)}
+    with ExitStack() as stack:
+        runs = {name: stack.enter_context(closing(Apart(make, "cpu", 1))) for name, make in makes.items()}
+        exact = dict.fromkeys(runs, True)
+        rows = measure.compare(runs, exact=exact, rounds=3, device="cpu", title="test")
+        processes = [run.process for run in runs.values()]
+    ratio = tables.speedup(measure.as_json(rows), "slow", "fast")
+    assert ratio is not None
+    assert ratio > 2
+    assert [len(row.samples_ms) for row in rows.values()] == [3, 3, 0, 0]
+    assert [row.relative_error for row in rows.values()] == [0, 0, None, None]
+    assert (rows["failing"].error, rows["dying"].error) == ("ValueError: spoilt", "its process ended with 3")
+    assert not any(process.is_alive() for process in processes)
 
 
 def test_variants_take_turns_in_every_round() -> None:
@@ -360,14 +396,10 @@ def test_suites_have_the_cells_they_are_named_for() -> None:
     assert {(cell.resolution, cell.batch) for cell in seed} == {
         (s, b) for s in (512, 768, 1024) for b in (1, 2, 4, 8, 10)
     }
-    headline = {task.cell for task in suite("headline", "cuda")}
-    assert {cell.ratio for cell in headline} == {0.25, 0.5, 0.75}
-    assert {cell.options for cell in headline} == {
-        (),
-        options(merge_crossattn=True),
-        options(merge_crossattn=True, merge_mlp=True),
-    }
-    assert ("sdxl", 2048) in {(cell.model, cell.resolution) for cell in headline}
+    gpu = {(task.cell.model, task.cell.resolution): task for task in suite("gpu", "cuda")}
+    assert {("sd15", 512), ("sd15", 2048), ("sdxl", 1024), ("sdxl", 2048), ("flux", 1024)} <= gpu.keys()
+    asked = {"sdpa", "compile", "tome_fx+compile", "tome_fx+blocks+compile"}
+    assert all(asked <= set(task.names) for task in gpu.values())
     cpu = {(task.cell.model, task.cell.resolution): task for task in suite("cpu", "cpu")}
     assert cpu.keys() == {(model, side) for model in ("tiny", "sd15") for side in (512, 768, 1024)}
     asked = {"compile", "v0.1+compile", "tome_fx+compile", "tome_fx+dynamic+compile", "tome_fx+kv+compile"}

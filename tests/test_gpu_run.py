@@ -84,7 +84,7 @@ def test_each_step_asks_for_all_that_it_looks_for(tmp_path: Path, monkeypatch: p
         (cells, tmp_path / "weights.json", weights.ROUNDS),
         (tmp_path / "quality.json", 128, quality.ROUNDS, "cuda", "fp16"),
         *(
-            (task, tmp_path / f"{name}.json", {"breakdown": True})
+            (task, tmp_path / f"{name}.json", {"breakdown": True, "apart": True})
             for name in gpu.PLAN.suites
             for task in suite(name, "cuda")
         ),
@@ -150,7 +150,8 @@ def test_a_part_of_a_site_that_finds_no_memory_spoils_no_other(tmp_path: Path, m
     # of the command alone, for graphs of models that are traced meanwhile stay
     monkeypatch.setattr(latency, "ops", SimpleNamespace(match=ops.match, merge=merge, unmerge=ops.unmerge))
     with torch.no_grad():
-        rows = latency._breakdown(models.build("tiny"), Cell("tiny", 64, guidance=False), 1, tmp_path)
+        cell = Cell("tiny", 64, guidance=False)
+        rows = latency._breakdown(latency._parts(cell, models.build), cell, 1, tmp_path)
     failed = {name for name, row in rows.items() if row.error == measure.OUT_OF_MEMORY}
     assert failed == {name for name in rows if "merge" in name}
     assert all(row.samples_ms for name, row in rows.items() if name not in failed)

@@ -141,7 +141,7 @@ def test_a_transformer_is_trained_for_the_trained_pipeline_and_loaded_with_its_o
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: StableDiffusionPipeline
 ) -> None:
     monkeypatch.setattr(train, "sample", lambda pipe, scenes, side: draw(scenes, side))
-    monkeypatch.setattr(torch, "compile", lambda module: module)  # which would take longer than all else
+    monkeypatch.setattr(torch, "compile", lambda module, **how: module)  # which would take longer than all else
     folder, run = tmp_path / "transformer", tmp_path / "run"
     command = ["train", "--transformer", str(folder), "--run", str(run), "--coarse-steps", "1", "--steps", "1"]
     monkeypatch.setattr(sys, "argv", command)

@@ -42,10 +42,10 @@ def fit(
     """
     optimizer = torch.optim.AdamW(module.parameters(), rate, betas, weight_decay=0.01)
     schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 100, 3 * (1 - step / steps)))
-    average = EMAModel(module.parameters(), decay=decay)
+    average = EMAModel(module.parameters(), decay=decay, foreach=True)
     parts = {"module": module, "optimizer": optimizer, "schedule": schedule, "average": average}
     first = _load(path, parts)
-    losses: list[float] = []
+    losses: list[Tensor] = []
     with tqdm(total=steps, initial=first, desc=path.stem) as bar, path.with_suffix(".log").open("a") as log:
         for step in range(first, steps):
             module.train()
@@ -57,13 +57,13 @@ def fit(
             optimizer.step()
             schedule.step()
             average.step(module.parameters())
-            losses.append(value.item())
+            losses.append(value.detach())  # not read yet: a GPU would wait for it
             bar.update()
             if (step + 1) % every == 0 or step + 1 == steps:
                 _save(path, parts, step + 1)
                 average.store(module.parameters())
                 average.copy_to(module.parameters())
-                told = f"{sum(losses) / len(losses):.4f} {show(step + 1) if show else ''}"
+                told = f"{torch.stack(losses).mean():.4f} {show(step + 1) if show else ''}"
                 average.restore(module.parameters())
                 log.write(f"{step + 1} {told}\n")
                 log.flush()

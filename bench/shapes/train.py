@@ -76,28 +76,34 @@ def train_vae(folder: Path, steps: int) -> AutoencoderKL:
 
 
 def train_denoiser(
-    path: Path, pipe: DiffusionPipeline, reader: Reader, coarse: int | None = None, steps: int | None = None
+    path: Path,
+    pipe: DiffusionPipeline,
+    reader: Reader,
+    *,
+    coarse: int | None = None,
+    steps: int | None = None,
+    batch: int = 16,
 ) -> None:
-    """Denoiser and text encoder together, on less of each image first, which costs a sixth."""
-    vae, name = pipe.vae, denoiser_name(pipe)
+    """Denoiser and text encoder together, on less of twice as many images first, which costs a sixth."""
+    vae, name, device = pipe.vae, denoiser_name(pipe), pipe.device
     lesson = LESSONS[name]
     coarse = lesson.coarse if coarse is None else coarse
     steps = lesson.steps if steps is None else steps
     both = nn.ModuleDict({name: denoiser_of(pipe), "text_encoder": pipe.text_encoder})
-    compiled = torch.compile(denoiser_of(pipe))
+    compiled = torch.compile(denoiser_of(pipe), dynamic=False)  # of two sizes, which share no code
     test = numbered(HELD_OUT, 32)
 
     def loss(step: int) -> Tensor:
         fine = step >= coarse
-        scenes = numbered(32 * step, 16 if fine else 32)
+        scenes = numbered(2 * batch * step, batch if fine else 2 * batch)
         with torch.no_grad():
-            images = draw(scenes, SIDE if fine else lesson.side)
+            images = draw(scenes, SIDE if fine else lesson.side).to(device)
             latents = vae.encode(images).latent_dist.sample() * vae.config.scaling_factor
         told = torch.rand(len(scenes)) > 0.1  # the others train what guidance leads away from
         captions = [one.caption if tell else "" for one, tell in zip(scenes, told, strict=True)]
         # grounds are most of an image and none of its caption: a shape's outline would hardly be learnt beside them
-        weight = 1 + 4 * cover(scenes, latents.shape[-1], reach=0.05).expand_as(latents)
-        with torch.autocast("cpu", torch.bfloat16):  # products take a third of their time
+        weight = 1 + 4 * cover(scenes, latents.shape[-1], reach=0.05).to(device).expand_as(latents)
+        with torch.autocast(device.type, torch.bfloat16):  # products take a third of their time
             mean: Tensor = lesson.loss(pipe, compiled, latents, weight, captions, fine)
         return mean
 
@@ -114,9 +120,9 @@ def of_velocity(
     pipe: StableDiffusionPipeline, unet: Denoiser, latents: Tensor, weight: Tensor, captions: list[str], fine: bool
 ) -> Tensor:
     """The weighted squared error of a UNet that predicts velocities, at times drawn evenly."""
-    times = torch.randint(0, pipe.scheduler.config.num_train_timesteps, (len(latents),))
+    times = torch.randint(0, pipe.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
     noise = torch.randn_like(latents)
-    hidden = pipe.text_encoder(tokens(pipe.tokenizer, captions))[0]
+    hidden = pipe.text_encoder(tokens(pipe.tokenizer, captions).to(latents.device))[0]
     result = unet(pipe.scheduler.add_noise(latents, noise, times), times, hidden).sample
     return _mean(result - pipe.scheduler.get_velocity(latents, noise, times), weight)
 
@@ -135,10 +141,13 @@ def of_flow(
     does with all: "Fast Training of Diffusion Models with Masked Transformers" (2023), arXiv 2306.09305. Times are
     drawn as "Scaling Rectified Flow Transformers" (2024), arXiv 2403.03206, found best: most in the middle.
     """
-    share, noise = torch.randn(len(latents), 1, 1, 1).sigmoid(), torch.randn_like(latents)
+    noise = torch.randn_like(latents)
+    share = torch.randn_like(latents[:, :1, :1, :1]).sigmoid()
     hidden, _, pooled, _ = pipe.encode_prompt(captions, None, None, do_classifier_free_guidance=False, **inputs(pipe))
     count = latents[0, 0].numel()
-    kept = torch.randperm(count)[: count if fine else count // 4]  # of all of them no more than another order
+    kept = torch.randperm(count, device=latents.device)[
+        : count if fine else count // 4
+    ]  # of all of them no more than another order
     with places(pipe.transformer.pos_embed, kept):
         result = transformer(
             part((1 - share) * latents + share * noise, kept),
@@ -224,6 +233,8 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--coarse-steps", type=int, help="of a denoiser on a quarter of each image, if not its own")
     parser.add_argument("--steps", type=int, help="of a denoiser in all, if not its own")
+    parser.add_argument("--batch", type=int, default=16, help="images of a step of a denoiser, twice as many of parts")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, of a denoiser; the others are small")
     parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="where the trained pipeline is written")
     parser.add_argument("--reader", type=Path, default=judge.WEIGHTS, help="where the trained reader is written")
     parser.add_argument(
@@ -233,9 +244,10 @@ def main() -> None:
     )
     a = parser.parse_args()
     a.run.mkdir(parents=True, exist_ok=True)
+    how = {"coarse": a.coarse_steps, "steps": a.steps, "batch": a.batch}
     if a.transformer:
         pipe = blank.transformer_pipeline(StableDiffusionPipeline.from_pretrained(a.pipeline, local_files_only=True))
-        train_denoiser(a.run / "transformer.pt", pipe, judge.load(a.reader), a.coarse_steps, a.steps)
+        train_denoiser(a.run / "transformer.pt", pipe.to(a.device), judge.load(a.reader), **how)
         pipe.transformer.half().save_pretrained(a.transformer / "transformer")
         pipe.text_encoder.save_pretrained(a.transformer / "text_encoder")
         return
@@ -243,7 +255,7 @@ def main() -> None:
     save_file(reader.state_dict(), a.reader)
     vae = train_vae(a.run, a.vae_steps)
     pipe = blank.pipeline(vae)
-    train_denoiser(a.run / "denoiser.pt", pipe, reader, a.coarse_steps, a.steps)
+    train_denoiser(a.run / "denoiser.pt", pipe.to(a.device), reader, **how)
     for module in (pipe.unet, pipe.vae):  # loaded as float32 all the same; transformers would load float16 as such
         module.half()
     pipe.save_pretrained(a.pipeline)
