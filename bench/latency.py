@@ -46,32 +46,49 @@ def run(tasks: Sequence[Task], path: Path, *, breakdown: bool = False, apart: bo
     document = _document(path)
     todo = [task for task in tasks if left(task, path, breakdown=breakdown)]
     build = models.build if apart else lru_cache(1)(models.build)  # of cells in a row
+    planned: dict[Task, tuple[dict[str, Any], ...]] = {
+        task: (
+            {} if _measured(document, task) else _runs(task, build),
+            _parts(task.cell, build) if breakdown else {},
+        )
+        for task in todo
+    }
     with ExitStack() as stack:
-        started = {}
-        for task in todo:
-            runs: dict[str, Any] = {} if _measured(document, task) else _runs(task, build)
-            parts: dict[str, Any] = _parts(task.cell, build) if breakdown else {}
-            if apart:
-                threads = max(1, (os.cpu_count() or 1) // len(runs | parts))
-                runs, parts = (
-                    {name: stack.enter_context(closing(Apart(make, task.cell.device, threads))) for name, make in each}
-                    for each in (runs.items(), parts.items())
+        if apart:
+            threads = max(
+                1, (os.cpu_count() or 1) // max(1, sum(len(each) for both in planned.values() for each in both))
+            )
+            start = partial(Apart, threads=threads)
+            planned = {
+                task: tuple(
+                    {name: stack.enter_context(closing(start(make, task.cell.device))) for name, make in each.items()}
+                    for each in both
                 )
-            started[task] = runs, parts
-        for task, (runs, parts) in started.items():
-            _measure(task, runs, parts if breakdown else None, document, path)
+                for task, both in planned.items()
+            }
+        bounds = {task: _bounds(task) for task, (runs, _) in planned.items() if runs}
+        for one in (one for both in planned.values() for each in both for one in each.values()):
+            if isinstance(one, Apart):
+                one.warmed()  # nobody compiles beside what is timed
+        for task, (runs, parts) in planned.items():
+            _measure(task, runs, parts if breakdown else None, bounds.get(task, {}), document, path)
     return document
 
 
 def _measure(
-    task: Task, runs: dict[str, Any], parts: dict[str, Any] | None, document: dict[str, Any], path: Path
+    task: Task,
+    runs: dict[str, Any],
+    parts: dict[str, Any] | None,
+    bounds: dict[str, float],
+    document: dict[str, Any],
+    path: Path,
 ) -> None:
     """What is left of a cell: rows, where there are any, and parts, where they are asked for."""
     cell, key = task.cell, task.cell.stored()
     entry = _measured(document, task) or {"cell": key, "complete": False, **documents.origin(cell.device)}
     kept = _kept(path, entry)
     if runs:
-        entry |= {"bounds": _bounds(task), "rows": {}}
+        entry |= {"bounds": bounds, "rows": {}}
         document["cells"] = [other for other in document["cells"] if other["cell"] != key] + [entry]
         measure.compare(
             runs,

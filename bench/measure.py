@@ -146,14 +146,17 @@ class Apart:
         self.process = context.Process(target=_serve, args=(theirs, make, device, threads), daemon=True)
         self.process.start()
         theirs.close()  # ours ends with theirs, then
+        self.told: tuple[Row, torch.Tensor | None] | None = None
 
     def warmed(self) -> tuple[Row, torch.Tensor | None]:
-        """As of `Here`, once it is warm."""
-        try:
-            row, output = self.connection.recv()
-        except EOFError:
-            return Row(error=f"its process ended with {self._ended()}"), None
-        return row, None if output is None else torch.from_numpy(output)
+        """As of `Here`; the first call waits until it is warm."""
+        if self.told is None:
+            try:
+                row, output = self.connection.recv()
+                self.told = row, None if output is None else torch.from_numpy(output)
+            except EOFError:
+                self.told = Row(error=f"its process ended with {self._ended()}"), None
+        return self.told
 
     def sample(self) -> float:
         """Milliseconds of a call.
@@ -173,6 +176,7 @@ class Apart:
     def close(self) -> None:
         """End the process, and with it what it has on the device."""
         self.connection.close()
+        self.process.kill()  # there is nothing that it could lose, and Inductor takes seconds to leave by itself
         self.process.join()
 
     def _ended(self) -> int | None:

@@ -398,7 +398,7 @@ def test_suites_have_the_cells_they_are_named_for() -> None:
     }
     gpu = {(task.cell.model, task.cell.resolution): task for task in suite("gpu", "cuda")}
     assert {("sd15", 512), ("sd15", 2048), ("sdxl", 1024), ("sdxl", 2048), ("flux", 1024)} <= gpu.keys()
-    asked = {"sdpa", "compile", "tome_fx+compile", "tome_fx+blocks+compile"}
+    asked = {"compile", "tome_fx+compile", "tome_fx+blocks+compile"}
     assert all(asked <= set(task.names) for task in gpu.values())
     cpu = {(task.cell.model, task.cell.resolution): task for task in suite("cpu", "cpu")}
     assert cpu.keys() == {(model, side) for model in ("tiny", "sd15") for side in (512, 768, 1024)}
