@@ -55,10 +55,9 @@ def run(tasks: Sequence[Task], path: Path, *, breakdown: bool = False, apart: bo
     }
     with ExitStack() as stack:
         if apart:
-            threads = max(
-                1, (os.cpu_count() or 1) // max(1, sum(len(each) for both in planned.values() for each in both))
-            )
-            start = partial(Apart, threads=threads)
+            count = sum(len(each) for both in planned.values() for each in both)
+            # two at least, that code is written while kernels are compiled
+            start = partial(Apart, threads=max(2, (os.cpu_count() or 1) // max(1, count)))
             planned = {
                 task: tuple(
                     {name: stack.enter_context(closing(start(make, task.cell.device))) for name, make in each.items()}
