@@ -143,16 +143,18 @@ def match(
     fits = statically_known_true(kept < 2**15)  # a sort takes a pass for every few bits
     slot = grid.filled(slot.to(torch.int16 if fits else torch.int32), grid.place_of_position, kept)
 
-    image = torch.arange(batch, device=tokens.device)[:, None, None]
+    image = torch.arange(batch, dtype=torch.int32, device=tokens.device)[:, None]
 
     def told(slot: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """The slot and the token at a position of each tile, numbered through the batch."""
-        return (slot + image * kept).int(), (grid.token_of_position(position) + image * count).int()
+        """The slot itself and the token at a position of each tile, numbered through the batch."""
+        return slot, (grid.token_of_position(position) + image[..., None] * count).int()
 
+    # Before torch 2.13 Inductor finds nothing in what it has computed and not written out yet: slots are as they were
+    # written, and images are told apart by a dimension.
     in_order, order = map(grid.by_tiles, _in_order(slot, told))
-    slots = torch.arange(batch * kept, dtype=torch.int32, device=tokens.device)
-    start = torch.searchsorted(in_order.flatten(), slots, out_int32=True)
-    return SlotMap(grid.by_rows(slot).int(), order, start.view(batch, kept))
+    slots = torch.arange(kept, dtype=slot.dtype, device=tokens.device).repeat(batch, 1)
+    start = torch.searchsorted(in_order, slots, out_int32=True) + image * count
+    return SlotMap(grid.by_rows(slot).int(), order, start)
 
 
 def _search(tokens: Tensor, grid: Tiles) -> tuple[Tensor, Tensor]:
