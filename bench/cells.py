@@ -90,15 +90,15 @@ def suite(name: str, device: str) -> list[Task]:
     if name == "seed":
         grid = itertools.product((512, 768, 1024), (1, 2, 4, 8, 10))
         return [Task(Cell("sd15", side, batch, dtype=half, device=device)) for side, batch in grid]
-    unet = partial(Cell, dtype=half, device=device)
-    by_blocks = partial(unet, mode="regional")  # as one compiles what takes minutes whole
+    model = partial(Cell, dtype=half, device=device)
+    by_blocks = partial(model, mode="regional")  # as one compiles what takes minutes whole
     return [
-        Task(unet("sd15", 1024), ALL_OF_A_GPU),
-        Task(unet("sd15", 2048), ("sdpa", *COMPILED)),
-        Task(unet("sd15", 512), COMPILED),
+        Task(model("sd15", 1024), ALL_OF_A_GPU),
+        Task(model("sd15", 2048), ("sdpa", *COMPILED)),
+        Task(model("sd15", 512), COMPILED),
         Task(by_blocks("sdxl", 2048), COMPILED),
-        Task(unet("sd15", 512, mode="reduce-overhead"), COMPILED),
-        Task(by_blocks("sd35-medium", 1024, dtype="bf16"), COMPILED),  # random weights of which overflow in fp16
+        Task(model("sd15", 512, mode="reduce-overhead"), COMPILED),
+        Task(model("sd35-medium", 1024, dtype="bf16"), COMPILED),  # random weights of which overflow in fp16
         Task(by_blocks("sdxl", 1024), ("sdpa", *COMPILED)),
     ]
 

@@ -3,10 +3,9 @@
 import argparse
 import hashlib
 import itertools
-import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,20 +15,19 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from bench import documents, flops, measure, models
-from bench.cases import DEFAULTS, Case
+from bench.apart import end, side_by_side, wait
+from bench.cases import Case
 from bench.cells import SUITES, Cell, Task, suite
 from bench.images import decode, denoise
-from bench.measure import Apart
+from bench.measure import Makes
+from bench.models import Build
 from bench.options import add_merging, merging, note_given, refuse_idle
-from bench.peers import finest_sites
+from bench.parts import of_a_site
 from bench.runs import MODES, RUNS, prepare
-from bench.tables import MERGING, SEARCHES, table
-from bench.variants import merged, predict
-from tome_fx import ops, plan
+from bench.tables import table
+from bench.variants import predict
 from tome_fx.families.skeleton import skeleton
-from tome_fx.families.weights import weights
 
-Build = Callable[[str, str, torch.dtype], Any]  # `bench.models.build`
 NOTE = "Weights are random, from a seed: latency does not depend on them."
 STEPS = 50  # of an end-to-end image: diffusers' default
 
@@ -46,71 +44,53 @@ def run(tasks: Sequence[Task], path: Path, *, breakdown: bool = False, apart: bo
     document = _document(path)
     todo = [task for task in tasks if left(task, path, breakdown=breakdown)]
     build = models.build if apart else lru_cache(1)(models.build)  # of cells in a row
-    planned: dict[Task, tuple[dict[str, Any], ...]] = {
-        task: (
-            {} if _measured(document, task) else _runs(task, build),
-            _parts(task.cell, build) if breakdown else {},
-        )
-        for task in todo
-    }
+    runs: dict[Task, Makes] = {task: {} if _measured(document, task) else _runs(task, build) for task in todo}
+    sites: dict[Task, Makes] = {task: of_a_site(task.cell, build) if breakdown else {} for task in todo}
     with ExitStack() as stack:
-        if apart:
-            count = sum(len(each) for both in planned.values() for each in both)
-            # two at least, that code is written while kernels are compiled
-            start = partial(Apart, threads=max(2, (os.cpu_count() or 1) // max(1, count)))
-            planned = {
-                task: tuple(
-                    {name: stack.enter_context(closing(start(make, task.cell.device))) for name, make in each.items()}
-                    for each in both
-                )
-                for task, both in planned.items()
-            }
-        bounds = {task: _bounds(task) for task, (runs, _) in planned.items() if runs}
-        for one in (one for both in planned.values() for each in both for one in each.values()):
-            if isinstance(one, Apart):
-                one.warmed()  # nobody compiles beside what is timed
-        for task, (runs, parts) in planned.items():
-            _measure(task, runs, parts if breakdown else None, bounds.get(task, {}), document, path)
+        if apart and todo:
+            runs, sites = stack.enter_context(side_by_side(todo[0].cell.device, runs, sites))
+        bounds = {task: _bounds(task) for task in todo if runs[task]}
+        wait(*runs.values(), *sites.values())
+        for task in todo:
+            entry = _measured(document, task) or _rows(task, runs[task], bounds[task], document, path)
+            if breakdown:
+                entry["breakdown"] = _breakdown(task, sites[task], path, entry)
+                documents.write(path, document)
+            end(runs[task], sites[task])  # the cells after need the memory
+            shutil.rmtree(_kept(path, entry).parent, ignore_errors=True)
+            print(f"\n{task.cell}\n{table(entry)}\n", flush=True)
     return document
 
 
-def _measure(
-    task: Task,
-    runs: dict[str, Any],
-    parts: dict[str, Any] | None,
-    bounds: dict[str, float],
-    document: dict[str, Any],
-    path: Path,
-) -> None:
-    """What is left of a cell: rows, where there are any, and parts, where they are asked for."""
+def _rows(task: Task, runs: Makes, bounds: dict[str, float], document: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Measure a cell's rows, and return its entry."""
     cell, key = task.cell, task.cell.stored()
-    entry = _measured(document, task) or {"cell": key, "complete": False, **documents.origin(cell.device)}
-    kept = _kept(path, entry)
-    if runs:
-        entry |= {"bounds": bounds, "rows": {}}
-        document["cells"] = [other for other in document["cells"] if other["cell"] != key] + [entry]
-        measure.compare(
-            runs,
-            exact={name: not RUNS[name].merges for name in runs},
-            rounds=task.rounds,
-            device=cell.device,
-            title=str(cell),
-            save=partial(_save, path, document, entry),
-            kept=kept,
-        )
-        entry["complete"] = True
-        documents.write(path, document)
-    if parts is not None:
-        entry["breakdown"] = measure.as_json(_breakdown(parts, cell, task.rounds, kept))
-        documents.write(path, document)
-    for one in (*runs.values(), *(parts or {}).values()):
-        if isinstance(one, Apart):  # the cells after need its memory
-            one.close()
-    shutil.rmtree(kept.parent, ignore_errors=True)
-    print(f"\n{cell}\n{table(entry)}\n", flush=True)
+    entry = {"cell": key, "complete": False, **documents.origin(cell.device), "bounds": bounds, "rows": {}}
+    document["cells"] = [other for other in document["cells"] if other["cell"] != key] + [entry]
+    measure.compare(
+        runs,
+        exact={name: not RUNS[name].merges for name in runs},
+        rounds=task.rounds,
+        device=cell.device,
+        title=str(cell),
+        save=partial(_save, path, document, entry),
+        kept=_kept(path, entry),
+    )
+    entry["complete"] = True
+    documents.write(path, document)
+    return entry
 
 
-def _runs(task: Task, build: Build) -> dict[str, Callable[[], measure.Call]]:
+def _breakdown(task: Task, sites: Makes, path: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """The parts of one site of the finest level, each compiled alone, by what is searched: where a site's time goes."""
+    cell, rounds = task.cell, max(task.rounds, 10)
+    title, kept = f"parts of {cell}", _kept(path, entry)
+    return measure.as_json(
+        measure.compare(sites, exact=None, rounds=rounds, device=cell.device, title=title, kept=kept)
+    )
+
+
+def _runs(task: Task, build: Build) -> Makes:
     return {name: partial(_call, name, build, task.cell) for name in task.names}
 
 
@@ -166,65 +146,6 @@ def image(call: Callable[..., Any], unet: UNet2DConditionModel, cell: Cell, *, s
     inputs: dict[str, Any] = {"prompt_embeds": prompts, "negative_prompt_embeds": torch.zeros_like(prompts)}
     inputs |= {"height": cell.resolution, "width": cell.resolution, "guidance": 7.5 if cell.guidance else 1.0}
     return lambda: decode(pipe, denoise(pipe, call, seeds=range(cell.batch), steps=steps, **inputs))
-
-
-PARTS = (
-    *(f"{part}, {search}" for search in SEARCHES for part in MERGING),
-    *(f"attention, {tokens}" for tokens in ("all tokens", "merged", "merged and weighed")),
-)
-
-
-def _parts(cell: Cell, build: Build) -> dict[str, Callable[[], measure.Call]]:
-    if cell.model in models.TRANSFORMERS:  # whose blocks are of many kinds
-        return {}
-    return {name: partial(_part, name, build, cell) for name in PARTS}
-
-
-def _part(name: str, build: Build, cell: Cell) -> measure.Call:
-    """A part of a site of the finest level, compiled alone, to time."""
-    unet = build(cell.model, cell.device, models.DTYPES[cell.dtype])
-    site = finest_sites(unet)[0]
-    side = cell.resolution // models.LATENT // site.downsample
-    attention: Any = merged(unet, Case("tome_fx", cell.ratio)).get_submodule(f"{site.path}.attn1")
-    tokens = torch.randn(cell.unet_batch, side * side, site.channels, device=unet.device, dtype=unet.dtype)
-    part, of = name.split(", ")
-    match = partial(
-        ops.match,
-        height=side,
-        width=side,
-        tile=None if of == SEARCHES[0] else DEFAULTS["tile"],
-        kept=plan.kept(side, side, cell.ratio),
-        sx=2,
-        sy=2,
-        seed=1,
-    )
-
-    def small() -> tuple[Any, ...]:
-        slots = match(tokens)
-        return ops.merge(tokens, slots), slots
-
-    # What a part is given is computed for it alone, so that a failure is its own.
-    parts: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = {
-        "match": (match, lambda: (tokens,)),
-        "merge": (ops.merge, lambda: (tokens, match(tokens))),
-        "unmerge": (ops.unmerge, small),
-        "attention, all tokens": (lambda x: attention(x), lambda: (tokens,)),
-        "attention, merged": (lambda x: attention(x), lambda: small()[:1]),
-        "attention, merged and weighed": (
-            lambda x, slots: attention(x, attention_mask=weights(attention, x, slots)),
-            small,
-        ),
-    }
-    run, inputs = parts[name if name in parts else part]
-    compiled, given = torch.compile(run, fullgraph=True), inputs()
-    return lambda: compiled(*given)
-
-
-def _breakdown(parts: dict[str, Any], cell: Cell, rounds: int, kept: Path) -> dict[str, measure.Row]:
-    """The parts of one site of the finest level, each compiled alone, by what is searched: where a site's time goes."""
-    return measure.compare(
-        parts, exact=None, rounds=max(rounds, 10), device=cell.device, title=f"parts of {cell}", kept=kept
-    )
 
 
 OF_A_SUITE = ("part", "device", "breakdown", "apart", "rounds", "json")

@@ -7,19 +7,17 @@ the cell again comes further, and the seconds told are those of a cold compile. 
 starts anew.
 """
 
-import contextlib
 import gc
-import multiprocessing
 import os
 import re
 import shutil
 import sys
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -110,14 +108,29 @@ class Timer:
         return float(events[0].elapsed_time(events[1]))
 
 
-class Here:
-    """A variant in this process; `kept` is its folder, see NOTE [Compiled once]."""
+class Started(ABC):
+    """A variant that gets warm, and is timed then."""
+
+    @abstractmethod
+    def warmed(self) -> tuple[Row, torch.Tensor | None]:
+        """Its row after the warm-up, and its output where there is no error in it."""
+
+    @abstractmethod
+    def sample(self) -> float:
+        """Milliseconds of a call."""
+
+
+Makes = Mapping[str, Callable[[], Call] | Started]  # by name, what prepares a variant, or itself where it has started
+
+
+class Here(Started):
+    """One in this process; `kept` is its folder, see NOTE [Compiled once]."""
 
     def __init__(self, make: Callable[[], Call], timer: Timer, kept: Path | None) -> None:
         self.make, self.timer, self.kept = make, timer, kept
 
     def warmed(self) -> tuple[Row, torch.Tensor | None]:
-        """Its row after the warm-up, and its output where there is no error in it."""
+        """Warm it up."""
         row = Row()
         try:
             self.call, output = _warm_up(self.make, row, self.timer, self.kept)
@@ -127,82 +140,12 @@ class Here:
         return row, output
 
     def sample(self) -> float:
-        """Milliseconds of a call."""
+        """Call it."""
         return self.timer(self.call)
 
 
-class Apart:
-    """A variant in a process of its own, which warms up at once beside others, and waits for its turns to be timed.
-
-    Args:
-        make: As `compare` has it, but that it can be pickled.
-        device: "cpu" or "cuda".
-        threads: Of Inductor's compilers.
-    """
-
-    def __init__(self, make: Callable[[], Call], device: str, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, device, threads), daemon=True)
-        self.process.start()
-        theirs.close()  # ours ends with theirs, then
-        self.told: tuple[Row, torch.Tensor | None] | None = None
-
-    def warmed(self) -> tuple[Row, torch.Tensor | None]:
-        """As of `Here`; the first call waits until it is warm."""
-        if self.told is None:
-            try:
-                row, output = self.connection.recv()
-                self.told = row, None if output is None else torch.from_numpy(output)
-            except EOFError:
-                self.told = Row(error=f"its process ended with {self._ended()}"), None
-        return self.told
-
-    def sample(self) -> float:
-        """Milliseconds of a call.
-
-        Raises:
-            RuntimeError: What the call raised.
-        """
-        self.connection.send(None)
-        try:
-            result = self.connection.recv()
-        except EOFError:
-            result = f"its process ended with {self._ended()}"
-        if isinstance(result, str):
-            raise RuntimeError(result)
-        return float(result)
-
-    def close(self) -> None:
-        """End the process, and with it what it has on the device."""
-        self.connection.close()
-        self.process.kill()  # there is nothing that it could lose, and Inductor takes seconds to leave by itself
-        self.process.join()
-
-    def _ended(self) -> int | None:
-        self.process.join()
-        return self.process.exitcode
-
-
-def _serve(connection: Connection, make: Callable[[], Call], device: str, threads: int) -> None:
-    """What a variant's own process does until nobody is at the other end."""
-    torch._inductor.config.compile_threads = threads
-    one = Here(make, Timer(device), None)
-    with torch.no_grad(), contextlib.suppress(EOFError):
-        row, output = one.warmed()
-        told = output.float().cpu().numpy() if isinstance(output, torch.Tensor) else None
-        connection.send((row, told))  # a tensor itself would be shared through a file
-        while True:
-            connection.recv()
-            try:
-                result: float | str = one.sample()
-            except Exception as error:
-                result = reason(error)
-            connection.send(result)
-
-
 def compare(
-    runs: Mapping[str, Callable[[], Call] | Apart],
+    runs: Makes,
     *,
     exact: Mapping[str, bool] | None,
     rounds: int,
@@ -215,29 +158,29 @@ def compare(
 
     Args:
         runs: For each variant, what prepares it and returns the call to time, which returns its output; or itself,
-            where it is apart.
+            where it has started.
         exact: Whether a variant must give the output of the first exact one, up to rounding. None where the outputs
             have nothing to do with one another.
         rounds: Timed calls of each variant.
         device: "cpu" or "cuda".
         title: What the progress bar calls this cell.
         save: Called after the warm-up of each variant and after each round, with all rows so far.
-        kept: A folder for what is compiled: see NOTE [Compiled once]. None keeps nothing, and so does what is apart.
+        kept: A folder for what is compiled: see NOTE [Compiled once]. None keeps nothing.
 
     Returns:
         The rows. A variant that fails has its reason in `error` and no samples, and the others go on.
     """
     rows: dict[str, Row] = {}
     timer = Timer(device)
-    all_of_them = {
-        name: run if isinstance(run, Apart) else Here(run, timer, kept and kept / _folder(name))
+    started = {
+        name: run if isinstance(run, Started) else Here(run, timer, kept and kept / _folder(name))
         for name, run in runs.items()
     }
     reference: torch.Tensor | None = None
     torch._dynamo.reset()  # the cells before are done with, and so is their share of the recompile limit
     gc.collect()
     with torch.no_grad(), tqdm(total=len(runs) * (rounds + 2), desc=title, file=sys.stderr, leave=False) as bar:
-        for name, one in all_of_them.items():
+        for name, one in started.items():
             bar.set_postfix_str(f"warming up {name}")
             rows[name], output = one.warmed()
             if exact is not None and output is not None:
@@ -248,7 +191,7 @@ def compare(
             save(rows)
             bar.update()
         for turn in range(rounds + 1):
-            for name, one in all_of_them.items():
+            for name, one in started.items():
                 if rows[name].error:
                     continue
                 bar.set_postfix_str(name)

@@ -1,5 +1,7 @@
 """Models to measure: real architectures from their configs, weights from a seed. Latency does not depend on weights."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "flux-shallow": ("FluxTransformer2DModel", {"guidance_embeds": True, "num_layers": 1, "num_single_layers": 2}),
 }
 CONFIGS = {**{name: ("UNet2DConditionModel", config) for name, config in UNETS.items()}, **TRANSFORMERS}
+Build = Callable[[str, str, torch.dtype], Any]  # `build`, or what keeps what it gave
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LATENT = 8  # image pixels along a side for one latent: Stable Diffusion's VAE, and those of the transformers
 
@@ -86,14 +89,9 @@ def build(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
     """A UNet or a transformer by the name of its config, with weights from a seed, or from a diffusers folder."""
     if name in CONFIGS:
         kind, config = CONFIGS[name]
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)  # there may be no room for as many values of float32
-        try:
-            with torch.random.fork_rng(devices=[]), torch.device(device):
-                torch.manual_seed(0)
-                model = getattr(diffusers, kind)(**config)
-        finally:
-            torch.set_default_dtype(default)
+        with torch.random.fork_rng(devices=[]), torch.device(device), _default(dtype):
+            torch.manual_seed(0)
+            model = getattr(diffusers, kind)(**config)
         if dtype != torch.float32:
             model.to(dtype)
         return model.eval().requires_grad_(False)
@@ -102,6 +100,18 @@ def build(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
     part = next((part for part in ("unet", "transformer") if (Path(name) / part).is_dir()), None)
     model = AutoModel.from_pretrained(name, subfolder=part, torch_dtype=dtype)
     return model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """Values are made in half precision at once where it is asked for: there may be no room for them in float32."""
+    before = torch.get_default_dtype()
+    if dtype != torch.float32:
+        torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def inputs(model: nn.Module, resolution: int, batch: int) -> dict[str, Any]:

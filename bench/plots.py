@@ -1,6 +1,6 @@
 """Plots of `python -m bench report`: what merging gains at each resolution, step by step, and at what cost."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -20,15 +20,23 @@ OURS = "tome_fx+compile"
 WATERFALL = ("vanilla", "sdpa", "compile", OURS)
 
 
-def write(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
-    """PNGs: quality over FLOPs for each file of qualities, times of each model in a file of latencies."""
+def write(documents: dict[str, dict[str, Any]], folder: Path, shown: Callable[[str], bool]) -> list[Path]:
+    """PNGs: quality over FLOPs for each file of qualities, times of each model in a file of latencies.
+
+    Args:
+        documents: By name.
+        folder: Where to.
+        shown: Whether there is a page for a picture of this name; no other is written.
+    """
     written = []
     for name, document in documents.items():
         figures = _qualities(document) if document["kind"] == "quality" else _latencies(document.get("cells", ()))
         for what, figure in figures:
-            figure.tight_layout()
-            written.append(folder / f"{name}-{what}.png")
-            figure.savefig(written[-1], dpi=100)
+            path = folder / f"{name}-{what}.png"
+            if shown(path.name):
+                figure.tight_layout()
+                figure.savefig(path, dpi=100)
+                written.append(path)
     return written
 
 

@@ -225,5 +225,6 @@ def main(arguments: argparse.Namespace) -> None:
 
     for path in stale:
         (ROOT / path).write_text(after[ROOT / path])
-    for written in (*stale, *(path.relative_to(ROOT) for path in plots.write(results, RESULTS))):
+    pictures = plots.write(results, RESULTS, lambda name: any(name in text for text in after.values()))
+    for written in (*stale, *(path.relative_to(ROOT) for path in pictures)):
         print(f"wrote {written}")

@@ -37,9 +37,9 @@ from bench import (
     viz,
     weights,
 )
+from bench.apart import Apart
 from bench.cases import Case, options
 from bench.cells import Cell, Task, suite
-from bench.measure import Apart
 from tome_fx.families.skeleton import skeleton
 
 RESULTS = sorted(report.RESULTS.glob("*.json"))
@@ -591,7 +591,9 @@ def test_only_a_file_with_every_step_of_the_waterfall_makes_a_plot(tmp_path: Pat
     large = entry(128, "sdpa", "compile", plots.OURS)  # attention that is written out has no memory there
     files = {"all": [every, large], "some": [entry(64, "vanilla", "compile", plots.OURS)]}
     results = {name: {"kind": "latency", "cells": cells} for name, cells in files.items()}
-    assert [path.name for path in plots.write(results, tmp_path)] == ["all-tiny.png"]
+    shown = plots.write(results, tmp_path, lambda name: True)
+    assert [path.name for path in shown] == ["all-tiny.png"]
+    assert not plots.write(results, tmp_path, lambda name: False)
 
 
 def test_seconds_to_compile_are_taken_from_both_ways_in_each_round(tmp_path: Path, monkeypatch: Any) -> None:

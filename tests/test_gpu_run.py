@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.measuring import interrupt_the_second
 
-from bench import attention, documents, gpu, latency, measure, models, quality, report, weights
+from bench import attention, documents, gpu, latency, measure, models, parts, quality, report, weights
 from bench.cells import Cell, Task, suite
 from tome_fx import ops
 
@@ -148,10 +148,11 @@ def test_a_part_of_a_site_that_finds_no_memory_spoils_no_other(tmp_path: Path, m
         raise torch.OutOfMemoryError("no memory")
 
     # of the command alone, for graphs of models that are traced meanwhile stay
-    monkeypatch.setattr(latency, "ops", SimpleNamespace(match=ops.match, merge=merge, unmerge=ops.unmerge))
+    monkeypatch.setattr(parts, "ops", SimpleNamespace(match=ops.match, merge=merge, unmerge=ops.unmerge))
     with torch.no_grad():
         cell = Cell("tiny", 64, guidance=False)
-        rows = latency._breakdown(latency._parts(cell, models.build), cell, 1, tmp_path)
+        makes = parts.of_a_site(cell, models.build)
+        rows = measure.compare(makes, exact=None, rounds=1, device="cpu", title="parts", kept=tmp_path)
     failed = {name for name, row in rows.items() if row.error == measure.OUT_OF_MEMORY}
     assert failed == {name for name in rows if "merge" in name}
     assert all(row.samples_ms for name, row in rows.items() if name not in failed)

@@ -6,8 +6,10 @@ the tokens hold. Dtypes are kept, gradients are right, nothing is random, two ru
 depends on data, so that every compiler takes the operations whole.
 """
 
+import functools
 import itertools
 import math
+import operator
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -719,6 +721,18 @@ def test_no_shape_depends_on_data_when_traced_with_fake_tensors() -> None:
     with FakeTensorMode() as mode:
         fakes = Sites()(*(mode.from_tensor(tensor) for tensor in site_inputs()))
     assert [fake.shape for fake in fakes] == [real.shape for real in Sites()(*site_inputs())]
+
+
+@pytest.mark.parametrize("tile", [None, 4], ids=["whole", "tiles"])
+def test_slots_are_found_in_what_a_sort_wrote(tile: int | None) -> None:
+    """Before torch 2.13 Inductor, on a GPU, cannot search a view of what it has not written out."""
+    match = functools.partial(ops.match, height=8, width=8, kept=32, sx=2, sy=2, seed=1, tile=tile)
+    graph = make_fx(match, tracing_mode="fake")(random_tokens(64)).graph
+    (searched,) = (node.args[0] for node in graph.nodes if node.target is torch.ops.aten.searchsorted.Tensor)
+    while searched.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+        searched = searched.args[0]
+    assert searched.target is operator.getitem
+    assert searched.args[0].target is torch.ops.aten.sort.stable
 
 
 def test_torch_export_takes_the_operations_whole() -> None:

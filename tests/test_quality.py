@@ -274,7 +274,7 @@ def test_rows_are_added_to_those_of_the_file_and_timed_in_turns(tmp_path: Path) 
     assert document["timed"]["latents"] == 16
     told = "\n".join(report._quality(documents.read(path)))
     assert f"`python -m bench {' '.join(document['timed']['argv'])}`, commit " in told
-    (drawn,) = plots.write({"quality": documents.read(path)}, tmp_path)
+    (drawn,) = plots.write({"quality": documents.read(path)}, tmp_path, lambda name: True)
     assert drawn.exists()
     with pytest.raises(ValueError, match=r"q.json holds results of another size; give another file"):
         quality.run("shapes", [Case()], count=1, size={"height": 64, "width": 64}, **given)
