@@ -106,7 +106,8 @@ def test_a_shape_is_compiled_once(counter: Any) -> None:
         assert_no_break_and(counter, 3)
 
 
-@pytest.mark.parametrize("build", [one_block, pytest.param(one_stage, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [one_block, one_stage])
 def test_dynamic_shapes_take_no_more_compiles_than_the_stock_model(build: Callable[[], Any]) -> None:
     taken = {}
     for name, model in (("stock", build()), ("ours", transform(build(), ratio=0.5, tile=16))):

@@ -94,7 +94,11 @@ def test_printing_shows_every_site_the_total_and_the_bound() -> None:
 
 
 @pytest.mark.parametrize(
-    ("side", "whole_grid", "tiles"), [(64, 1.11, 1.12), (96, 1.21, 1.24), (128, 1.33, 1.39), (256, 1.76, 1.96)]
+    ("side", "whole_grid", "tiles"),
+    [
+        pytest.param(side, *bounds, marks=() if side == 128 else pytest.mark.slow)
+        for side, *bounds in ((64, 1.11, 1.12), (96, 1.21, 1.24), (128, 1.33, 1.39), (256, 1.76, 1.96))
+    ],
 )
 def test_the_bounds_of_stable_diffusion_are_those_computed_by_hand(side: int, whole_grid: float, tiles: float) -> None:
     with torch.device("meta"):

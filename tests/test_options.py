@@ -33,7 +33,8 @@ STACKS = {"max_downsample": 4, **TILES}  # all of the blocks of `sdxl()`, in sta
 SIZE = 40, 24
 
 
-@each_option("keys")
+@pytest.mark.slow
+@each_option()
 def test_a_ratio_is_one_graph_that_no_step_prompt_or_return_compiles_again(
     options: dict[str, Any], counter: Any
 ) -> None:
@@ -120,7 +121,8 @@ def test_two_runs_agree_bit_for_bit_and_ratio_0_with_the_original(options: dict[
     assert relative_error(results[0], unmerged) > 1e-4
 
 
-@each_option("blocks")
+@pytest.mark.slow
+@each_option()
 def test_gradients_are_those_of_wrapped_children_compiled_or_not(options: dict[str, Any]) -> None:
     model = copy.deepcopy(two_stages()).train()
     arguments = inputs(model, 24, 20)

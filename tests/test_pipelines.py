@@ -304,7 +304,9 @@ def test_a_saved_pipeline_is_the_plain_one_and_merges_again_when_transformed(nam
 @supports("pipe.to(dtype)", WORKS)
 @pytest.mark.parametrize("case", [CASES["text"], CASES["sdxl"]], ids=["text", "sdxl"])
 @pytest.mark.parametrize(
-    "dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.float16, torch.bfloat16], ids=str
+    "dtype",
+    [torch.float16, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float64, torch.bfloat16))],
+    ids=str,
 )
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_a_pipeline_in_another_dtype_merges_in_it(first: bool, dtype: torch.dtype, case: Case) -> None:

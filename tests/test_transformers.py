@@ -564,6 +564,7 @@ def test_a_model_compiles_as_one_graph_for_each_ratio_and_never_again(
     assert_no_break_and(counter, compiles=2)
 
 
+@pytest.mark.slow
 @compiled(*OF_EACH_KIND)
 def test_sizes_compile_no_more_often_than_in_the_original_and_never_on_return(
     scope: dict[str, Any], name: str, fresh_dynamo: None, counter: Any
