@@ -3,59 +3,55 @@
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.measure import Call, Here, Makes, Row, Started, Timer, reason
-
-Key = TypeVar("Key")
+from bench.measure import Call, Here, Makes, Row, Started, Timer, Told, folder_of, reason
 
 
 class Apart(Started):
-    """One in a process of its own, which warms up at once beside others, and waits for its turns to be timed.
+    """A variant in a process of its own, for dynamo compiles one model at a time in a process.
+
+    It warms up at once and waits to be timed.
 
     Args:
         make: As `compare` has it, but that it can be pickled.
         device: "cpu" or "cuda".
         threads: Of Inductor's compilers.
+        kept: As `Here` has it.
     """
 
-    def __init__(self, make: Any, device: str, threads: int) -> None:
+    def __init__(self, make: Callable[[], Call], device: str, threads: int, kept: Path | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, device, threads), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, make, device, threads, kept), daemon=True)
         self.process.start()
-        theirs.close()  # ours ends with theirs, then
-        self.told: tuple[Row, torch.Tensor | None] | None = None
+        theirs.close()  # or the end of the process would not be seen
 
     def warmed(self) -> tuple[Row, torch.Tensor | None]:
-        """Wait until it is, the first time."""
-        if self.told is None:
-            try:
-                row, output = self.connection.recv()
-                self.told = row, None if output is None else torch.from_numpy(output)
-            except EOFError:
-                self.told = Row(error=f"its process ended with {self._ended()}"), None
-        return self.told
+        """Wait until it is."""
+        try:
+            row, output = self._told()
+        except Told as error:
+            return Row(error=reason(error)), None
+        return row, None if output is None else torch.from_numpy(output)
 
     def sample(self) -> float:
         """Have it called.
 
         Raises:
-            RuntimeError: What the call raised.
+            Told: What the call raised.
         """
-        self.connection.send(None)
-        try:
-            result = self.connection.recv()
-        except EOFError:
-            result = f"its process ended with {self._ended()}"
+        with contextlib.suppress(OSError):  # of a process that has ended, which is told next
+            self.connection.send(None)
+        result = self._told()
         if isinstance(result, str):
-            raise RuntimeError(result)
+            raise Told(result)
         return float(result)
 
     def close(self) -> None:
@@ -64,45 +60,30 @@ class Apart(Started):
         self.process.kill()  # there is nothing that it could lose, and Inductor takes seconds to leave by itself
         self.process.join()
 
-    def _ended(self) -> int | None:
-        self.process.join()
-        return self.process.exitcode
+    def _told(self) -> Any:
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            raise Told(f"its process ended with {self.process.exitcode}") from None
 
 
 @contextmanager
-def side_by_side(device: str, *several: Mapping[Key, Makes]) -> Iterator[tuple[dict[Key, Makes], ...]]:
-    """The same with a process for each variant, which begins at once and ends with the context at the latest."""
-    count = sum(len(makes) for one in several for makes in one.values())
-    # two at least, that code is written while kernels are compiled
-    start = partial(Apart, threads=max(2, (os.cpu_count() or 1) // max(1, count)))
+def side_by_side(makes: Makes, device: str, kept: Path) -> Iterator[dict[str, Apart]]:
+    """A process for each variant of a cell, which begins at once and ends with the context at the latest."""
+    # two threads at least, so that code is written while kernels are compiled
+    threads = max(2, (os.cpu_count() or 1) // max(1, len(makes)))
     with ExitStack() as stack:
-        yield tuple(
-            {
-                key: {name: stack.enter_context(closing(start(make, device))) for name, make in makes.items()}
-                for key, makes in one.items()
-            }
-            for one in several
-        )
+        yield {
+            name: stack.enter_context(closing(Apart(make, device, threads, kept / folder_of(name))))
+            for name, make in makes.items()
+        }
 
 
-def wait(*several: Makes) -> None:
-    """Until all that have a process are warm, that nobody compiles beside what is timed."""
-    for one in (one for makes in several for one in makes.values()):
-        if isinstance(one, Apart):
-            one.warmed()
-
-
-def end(*several: Makes) -> None:
-    """End the processes, where there are any."""
-    for one in (one for makes in several for one in makes.values()):
-        if isinstance(one, Apart):
-            one.close()
-
-
-def _serve(connection: Connection, make: Callable[[], Call], device: str, threads: int) -> None:
+def _serve(connection: Connection, make: Callable[[], Call], device: str, threads: int, kept: Path | None) -> None:
     """What a variant's own process does until nobody is at the other end."""
     torch._inductor.config.compile_threads = threads
-    one = Here(make, Timer(device), None)
+    one = Here(make, Timer(device), kept)
     with torch.no_grad(), contextlib.suppress(EOFError):
         row, output = one.warmed()
         told = output.float().cpu().numpy() if isinstance(output, torch.Tensor) else None

@@ -91,14 +91,14 @@ def suite(name: str, device: str) -> list[Task]:
         grid = itertools.product((512, 768, 1024), (1, 2, 4, 8, 10))
         return [Task(Cell("sd15", side, batch, dtype=half, device=device)) for side, batch in grid]
     model = partial(Cell, dtype=half, device=device)
-    by_blocks = partial(model, mode="regional")  # as one compiles what takes minutes whole
+    by_blocks = partial(model, mode="regional")  # whole they take minutes to compile
     return [
         Task(model("sd15", 1024), ALL_OF_A_GPU),
         Task(model("sd15", 2048), ("sdpa", *COMPILED)),
         Task(model("sd15", 512), COMPILED),
         Task(by_blocks("sdxl", 2048), COMPILED),
         Task(model("sd15", 512, mode="reduce-overhead"), COMPILED),
-        Task(model("sd35-medium", 1024, dtype="bf16"), COMPILED),  # random weights of which overflow in fp16
+        Task(model("sd35-medium", 1024, dtype="bf16"), COMPILED),  # in fp16 its random weights overflow
         Task(by_blocks("sdxl", 1024), ("sdpa", *COMPILED)),
     ]
 

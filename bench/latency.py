@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from bench import documents, flops, measure, models
-from bench.apart import end, side_by_side, wait
+from bench.apart import side_by_side
 from bench.cases import Case
 from bench.cells import SUITES, Cell, Task, suite
 from bench.images import decode, denoise
@@ -39,59 +40,41 @@ def run(tasks: Sequence[Task], path: Path, *, breakdown: bool = False, apart: bo
         tasks: What to measure.
         path: The file.
         breakdown: Whether to measure the parts of a site as well.
-        apart: Whether all rows of all cells compile at once, in processes of their own, before any is timed.
+        apart: Whether the rows of a cell compile at once, each in a process of its own, before any is timed.
     """
     document = _document(path)
-    todo = [task for task in tasks if left(task, path, breakdown=breakdown)]
     build = models.build if apart else lru_cache(1)(models.build)  # of cells in a row
-    runs: dict[Task, Makes] = {task: {} if _measured(document, task) else _runs(task, build) for task in todo}
-    sites: dict[Task, Makes] = {task: of_a_site(task.cell, build) if breakdown else {} for task in todo}
-    with ExitStack() as stack:
-        if apart and todo:
-            runs, sites = stack.enter_context(side_by_side(todo[0].cell.device, runs, sites))
-        bounds = {task: _bounds(task) for task in todo if runs[task]}
-        wait(*runs.values(), *sites.values())
-        for task in todo:
-            entry = _measured(document, task) or _rows(task, runs[task], bounds[task], document, path)
-            if breakdown:
-                entry["breakdown"] = _breakdown(task, sites[task], path, entry)
-                documents.write(path, document)
-            end(runs[task], sites[task])  # the cells after need the memory
-            shutil.rmtree(_kept(path, entry).parent, ignore_errors=True)
-            print(f"\n{task.cell}\n{table(entry)}\n", flush=True)
+    for task in tasks:
+        if not left(task, path, breakdown=breakdown):
+            continue
+        cell, entry = task.cell, _measured(document, task)
+        if entry is None:
+            entry = {"cell": cell.stored(), "complete": False, "apart": apart, **documents.origin(cell.device)}
+            weights = ("meta",) if apart else (cell.device, models.DTYPES[cell.dtype])
+            entry |= {"bounds": _bounds(task, build(cell.model, *weights)), "rows": {}}
+            document["cells"] = [other for other in document["cells"] if other["cell"] != entry["cell"]] + [entry]
+            makes = {name: partial(_call, name, build, cell) for name in task.names}
+            exact = {name: not RUNS[name].merges for name in task.names}
+            save = partial(_save, path, document, entry)
+            compare = partial(measure.compare, exact=exact, rounds=task.rounds, title=str(cell), save=save)
+            _measure(compare, makes, cell, _kept(path, entry), apart)
+            entry["complete"] = True
+            documents.write(path, document)
+        if breakdown:
+            # The parts of one site of the finest level, each compiled alone, by what is searched: where its time goes
+            compare = partial(measure.compare, exact=None, rounds=max(task.rounds, 10), title=f"parts of {cell}")
+            parts = _measure(compare, of_a_site(cell, build), cell, _kept(path, entry), apart)
+            entry["breakdown"] = measure.as_json(parts)
+            documents.write(path, document)
+        shutil.rmtree(_kept(path, entry).parent, ignore_errors=True)
+        print(f"\n{cell}\n{table(entry)}\n", flush=True)
     return document
 
 
-def _rows(task: Task, runs: Makes, bounds: dict[str, float], document: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Measure a cell's rows, and return its entry."""
-    cell, key = task.cell, task.cell.stored()
-    entry = {"cell": key, "complete": False, **documents.origin(cell.device), "bounds": bounds, "rows": {}}
-    document["cells"] = [other for other in document["cells"] if other["cell"] != key] + [entry]
-    measure.compare(
-        runs,
-        exact={name: not RUNS[name].merges for name in runs},
-        rounds=task.rounds,
-        device=cell.device,
-        title=str(cell),
-        save=partial(_save, path, document, entry),
-        kept=_kept(path, entry),
-    )
-    entry["complete"] = True
-    documents.write(path, document)
-    return entry
-
-
-def _breakdown(task: Task, sites: Makes, path: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    """The parts of one site of the finest level, each compiled alone, by what is searched: where a site's time goes."""
-    cell, rounds = task.cell, max(task.rounds, 10)
-    title, kept = f"parts of {cell}", _kept(path, entry)
-    return measure.as_json(
-        measure.compare(sites, exact=None, rounds=rounds, device=cell.device, title=title, kept=kept)
-    )
-
-
-def _runs(task: Task, build: Build) -> Makes:
-    return {name: partial(_call, name, build, task.cell) for name in task.names}
+def _measure(compare: Callable[..., Any], makes: Makes, cell: Cell, kept: Path, apart: bool) -> Any:
+    """What is compared, in this process or each in its own."""
+    with side_by_side(makes, cell.device, kept) if apart else nullcontext(makes) as runs:
+        return compare(runs, device=cell.device, kept=kept)
 
 
 def left(task: Task, path: Path, *, breakdown: bool = False) -> bool:
@@ -122,9 +105,9 @@ def _save(path: Path, document: dict[str, Any], entry: dict[str, Any], rows: dic
     documents.write(path, document)
 
 
-def _bounds(task: Task) -> dict[str, float]:
+def _bounds(task: Task, model: nn.Module) -> dict[str, float]:
     """By row, the stock UNet's FLOPs over the row's: the speed-up if time went with FLOPs."""
-    shapes, side = skeleton(models.build(task.cell.model, "meta")), task.cell.resolution // models.LATENT
+    shapes, side = skeleton(model), task.cell.resolution // models.LATENT
     counted = partial(flops.counted, shapes=shapes, side=side)
     stock = counted(Case())
     return {name: stock / counted(RUNS[name].case(task.cell.ratio, task.cell.options)) for name in task.names}
@@ -170,7 +153,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--end-to-end", action="store_true", help=f"seconds per image of {STEPS} steps, VAE included")
     parser.add_argument("--breakdown", action="store_true", help="time match, merge, unmerge and attention as well")
     parser.add_argument(
-        "--apart", action="store_true", help="compile all at once, each row in a process of its own, which takes memory"
+        "--apart",
+        action="store_true",
+        help="compile a table's rows at once, each in a process of its own, with weights of its own",
     )
     parser.add_argument("--rounds", type=int, help="timed calls of each variant")
     parser.add_argument("--json", type=Path, help="where to; a file that is there is continued")
@@ -191,6 +176,8 @@ def main(arguments: argparse.Namespace) -> None:
         tasks = [Task(Cell(*product, given, *common), tuple(a.variant)) for product in products]
     if a.rounds:
         tasks = [replace(task, rounds=a.rounds) for task in tasks]
+    if a.breakdown and all(task.cell.model in models.TRANSFORMERS for task in tasks):
+        raise ValueError(f"breakdown must be of a UNet among others, got {', '.join(a.model)}: it would do nothing")
     part, parts = map(int, a.part.split("/"))
     path = a.json or Path("out") / f"{a.suite or 'latency'}.json"
     print(NOTE)

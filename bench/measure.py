@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,7 +53,7 @@ class Row:
         first_s: Seconds of the first call: cold compilation, if any, and one run.
         compiles: Counted over the warm-up.
         relative_error: Distance of the output from the first exact variant's, in the 2-norm, or None.
-        peak_memory: Bytes on the GPU, or None.
+        peak_memory: Bytes on the GPU besides the model, or None.
         error: Why there are no samples, or None.
     """
 
@@ -77,7 +78,8 @@ def count_compiles() -> Iterator[Compiles]:
     result.graph_breaks = sum(counters["graph_break"].values()) - breaks
     # A compile id is "code object / compile of it". Variants share code objects: only what is compiled twice in here
     # is compiled again.
-    frames = [str(metrics.compile_id).split("/")[0] for metrics in get_compilation_metrics()]
+    compiles = [metrics for metrics in get_compilation_metrics() if not getattr(metrics, "is_runtime", False)]
+    frames = [str(metrics.compile_id).split("/")[0] for metrics in compiles]
     result.recompiles = len(frames) - len(set(frames))
 
 
@@ -112,6 +114,10 @@ class Started(ABC):
     """A variant that gets warm, and is timed then."""
 
     @abstractmethod
+    def close(self) -> None:
+        """Give back what it has; it is not timed any more."""
+
+    @abstractmethod
     def warmed(self) -> tuple[Row, torch.Tensor | None]:
         """Its row after the warm-up, and its output where there is no error in it."""
 
@@ -120,7 +126,7 @@ class Started(ABC):
         """Milliseconds of a call."""
 
 
-Makes = Mapping[str, Callable[[], Call] | Started]  # by name, what prepares a variant, or itself where it has started
+Makes = Mapping[str, Callable[[], Call]]  # by name, what prepares a variant and returns the call to time
 
 
 class Here(Started):
@@ -128,6 +134,11 @@ class Here(Started):
 
     def __init__(self, make: Callable[[], Call], timer: Timer, kept: Path | None) -> None:
         self.make, self.timer, self.kept = make, timer, kept
+        self.call: Call | None = None
+
+    def close(self) -> None:
+        """Let go of model and code."""
+        self.call = None
 
     def warmed(self) -> tuple[Row, torch.Tensor | None]:
         """Warm it up."""
@@ -141,11 +152,12 @@ class Here(Started):
 
     def sample(self) -> float:
         """Call it."""
+        assert self.call is not None, "it is closed"
         return self.timer(self.call)
 
 
 def compare(
-    runs: Makes,
+    runs: Makes | Mapping[str, Started],
     *,
     exact: Mapping[str, bool] | None,
     rounds: int,
@@ -165,15 +177,15 @@ def compare(
         device: "cpu" or "cuda".
         title: What the progress bar calls this cell.
         save: Called after the warm-up of each variant and after each round, with all rows so far.
-        kept: A folder for what is compiled: see NOTE [Compiled once]. None keeps nothing.
+        kept: A folder for what is compiled here: see NOTE [Compiled once]. None keeps nothing.
 
     Returns:
         The rows. A variant that fails has its reason in `error` and no samples, and the others go on.
     """
     rows: dict[str, Row] = {}
-    timer = Timer(device)
+    timer = cache(Timer)  # which takes memory of the device, and only of what is timed here
     started = {
-        name: run if isinstance(run, Started) else Here(run, timer, kept and kept / _folder(name))
+        name: run if isinstance(run, Started) else Here(run, timer(device), kept and kept / folder_of(name))
         for name, run in runs.items()
     }
     reference: torch.Tensor | None = None
@@ -186,8 +198,10 @@ def compare(
             if exact is not None and output is not None:
                 try:
                     reference = _check(output, rows[name], reference, exact[name])
-                except ValueError as error:
+                except Exception as error:
                     rows[name].error = reason(error)
+            if rows[name].error:
+                one.close()
             save(rows)
             bar.update()
         for turn in range(rounds + 1):
@@ -201,6 +215,7 @@ def compare(
                         rows[name].samples_ms.append(sample)
                 except Exception as error:
                     rows[name].error, rows[name].samples_ms = reason(error), []
+                    one.close()
                 bar.update()
             save(rows)
     return rows
@@ -209,11 +224,10 @@ def compare(
 def _warm_up(make: Callable[[], Call], row: Row, timer: Timer, kept: Path | None) -> tuple[Call, torch.Tensor]:
     """The call and its output, with every cache empty before the first of two calls, but for what was kept."""
     with fresh_cache() if kept is None else _kept_cache(kept), count_compiles() as row.compiles:
-        before = 0
+        call, before = make(), 0
         if timer.cuda:
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()  # by the timer, and by rows that wait for their rounds
-        call = make()
+            before = torch.cuda.memory_allocated()  # by weights, the timer, and rows that wait for their rounds
         row.first_s = timer(call) / 1e3
         output = call()
         if timer.cuda:
@@ -226,7 +240,7 @@ def _warm_up(make: Callable[[], Call], row: Row, timer: Timer, kept: Path | None
     return call, output
 
 
-def _folder(name: str) -> str:
+def folder_of(name: str) -> str:
     """A row's folder: Inductor calls compilers by a line that spaces cut."""
     return re.sub(r"\W+", "-", name)
 
@@ -269,8 +283,14 @@ def ratios(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, float, 
     return (median(found), min(found), max(found)) if found else None
 
 
+class Told(Exception):
+    """What `reason` said in another process."""
+
+
 def reason(error: Exception) -> str:
     """Why a variant failed, on one line."""
+    if isinstance(error, Told):
+        return str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
         return OUT_OF_MEMORY
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"[:300]

@@ -80,7 +80,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "flux-shallow": ("FluxTransformer2DModel", {"guidance_embeds": True, "num_layers": 1, "num_single_layers": 2}),
 }
 CONFIGS = {**{name: ("UNet2DConditionModel", config) for name, config in UNETS.items()}, **TRANSFORMERS}
-Build = Callable[[str, str, torch.dtype], Any]  # `build`, or what keeps what it gave
+Build = Callable[[str, str, torch.dtype], Any]  # `build`, or one that caches
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LATENT = 8  # image pixels along a side for one latent: Stable Diffusion's VAE, and those of the transformers
 

@@ -36,7 +36,9 @@ def _part(name: str, build: Build, cell: Cell) -> Call:
     site = finest_sites(unet)[0]
     side = cell.resolution // models.LATENT // site.downsample
     attention: Any = merged(unet, Case("tome_fx", cell.ratio)).get_submodule(f"{site.path}.attn1")
-    tokens = torch.randn(cell.unet_batch, side * side, site.channels, device=unet.device, dtype=unet.dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same tokens for all parts
+        tokens = torch.randn(cell.unet_batch, side * side, site.channels).to(unet.device, unet.dtype)
     part, of = name.split(", ")
     match = partial(
         ops.match,

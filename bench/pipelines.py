@@ -4,7 +4,6 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
 from bench import shapes
@@ -18,7 +17,6 @@ def load(pipeline: str, device: str = "cpu", dtype: str = "fp32") -> Any:
     known = shapes.PIPELINES.get(pipeline)
     pipe = known() if known else DiffusionPipeline.from_pretrained(pipeline)
     pipe.to(device)
-    torch.backends.cudnn.allow_tf32 = False  # or fp32 on a GPU would not be what it is elsewhere
     if dtype != "fp32":
         pipe.to(DTYPES[dtype])
         pipe.vae.float()  # SDXL's overflows in half precision

@@ -80,7 +80,8 @@ def run(
     for case in dict.fromkeys([Case(), *left]):
         torch.manual_seed(0)  # tomesd draws from the process's generator
         call = apply(case, denoiser, steps)
-        images = generate(pipe, call, texts, **how, batch=batch, title=case.title, **size, **asked)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # or fp32 on a GPU would not be what it says
+            images = generate(pipe, call, texts, **how, batch=batch, title=case.title, **size, **asked)
         stock = stock or images
         row = {"case": case.stored(), "argv": sys.argv[1:], "flops_saved": saved(case), **compare(images, stock)}
         row |= judged(images) if judged else {}

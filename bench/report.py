@@ -81,11 +81,13 @@ def _latency(document: dict[str, Any]) -> list[str]:
     parts = [document["note"]]
     for entry in document["cells"]:
         cell = Cell.read(entry["cell"])
+        beside = ", compiled side by side" if entry.get("apart") else ""
         parts.append(
             f"**{cell.model}, {cell.resolution} px**, batch {cell.unet_batch}, {cell.merging}, "
-            f"{cell.dtype} on {cell.device}, mode {cell.mode}. {machine(entry['machine'])}.\n\n{tables.table(entry)}"
+            f"{cell.dtype} on {cell.device}, mode {cell.mode}{beside}. {machine(entry['machine'])}.\n\n"
+            + tables.table(entry)
         )
-        if "breakdown" in entry:
+        if entry.get("breakdown"):  # transformers have none
             parts.append(
                 "One site of the finest level, each part compiled alone:\n\n" + tables.breakdown(entry["breakdown"])
             )

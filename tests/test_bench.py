@@ -3,10 +3,10 @@
 import argparse
 import contextlib
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from bench import (
     viz,
     weights,
 )
-from bench.apart import Apart
+from bench.apart import side_by_side
 from bench.cases import Case, options
 from bench.cells import Cell, Task, suite
 from tome_fx.families.skeleton import skeleton
@@ -70,7 +70,7 @@ def test_a_variant_slowed_on_purpose_is_shown_slower() -> None:
 
 
 def fail() -> None:
-    raise ValueError("spoilt")
+    raise torch.OutOfMemoryError("spoilt")
 
 
 def die() -> None:
@@ -84,21 +84,32 @@ def prepared(milliseconds: float, first: Callable[[], None] | None = None) -> Ca
     return spin(milliseconds)
 
 
+def late(then: Callable[[], None]) -> Callable[[], Tensor]:
+    """The like, whose third call does it: the first that is timed."""
+    calls = iter(range(9))
+
+    def call() -> Tensor:
+        if next(calls) == 2:
+            then()
+        return torch.ones(3)
+
+    return call
+
+
 @pytest.mark.slow  # seconds for each process to begin
-def test_variants_in_processes_of_their_own_are_compared_like_others_and_one_that_dies_takes_none_with_it() -> None:
+def test_variants_in_processes_of_their_own_are_compared_like_others_and_one_that_dies_takes_none_with_it(
+    tmp_path: Path,
+) -> None:
     makes = {"fast": partial(prepared, 1), "slow": partial(prepared, 20)}
     makes |= {"failing": partial(prepared, 1, fail), "dying": partial(prepared, 1, die)}
-    with ExitStack() as stack:
-        runs = {name: stack.enter_context(closing(Apart(make, "cpu", 1))) for name, make in makes.items()}
-        exact = dict.fromkeys(runs, True)
-        rows = measure.compare(runs, exact=exact, rounds=3, device="cpu", title="test")
+    makes |= {"failing late": partial(late, fail), "dying late": partial(late, die)}
+    with side_by_side(makes, "cpu", tmp_path) as runs:
+        rows = measure.compare(runs, exact=dict.fromkeys(runs, True), rounds=3, device="cpu", title="test")
         processes = [run.process for run in runs.values()]
-    ratio = tables.speedup(measure.as_json(rows), "slow", "fast")
-    assert ratio is not None
-    assert ratio > 2
-    assert [len(row.samples_ms) for row in rows.values()] == [3, 3, 0, 0]
-    assert [row.relative_error for row in rows.values()] == [0, 0, None, None]
-    assert (rows["failing"].error, rows["dying"].error) == ("ValueError: spoilt", "its process ended with 3")
+    assert [len(row.samples_ms) for row in rows.values()] == [3, 3, 0, 0, 0, 0]
+    assert [row.relative_error for row in rows.values()] == [0, 0, None, None, 0, 0]
+    spoilt, ended = "OOM", "its process ended with 3"
+    assert [row.error for row in rows.values()] == [None, None, spoilt, ended, spoilt, ended]
     assert not any(process.is_alive() for process in processes)
 
 
@@ -396,10 +407,11 @@ def test_suites_have_the_cells_they_are_named_for() -> None:
     assert {(cell.resolution, cell.batch) for cell in seed} == {
         (s, b) for s in (512, 768, 1024) for b in (1, 2, 4, 8, 10)
     }
-    gpu = {(task.cell.model, task.cell.resolution): task for task in suite("gpu", "cuda")}
-    assert {("sd15", 512), ("sd15", 2048), ("sdxl", 1024), ("sdxl", 2048)} <= gpu.keys()
+    gpu = suite("gpu", "cuda")
+    sides = {(task.cell.model, task.cell.resolution) for task in gpu}
+    assert {("sd15", 512), ("sd15", 2048), ("sdxl", 1024), ("sdxl", 2048)} <= sides
     asked = {"compile", "tome_fx+compile", "tome_fx+blocks+compile"}
-    assert all(asked <= set(task.names) for task in gpu.values())
+    assert all(asked <= set(task.names) for task in gpu)
     cpu = {(task.cell.model, task.cell.resolution): task for task in suite("cpu", "cpu")}
     assert cpu.keys() == {(model, side) for model in ("tiny", "sd15") for side in (512, 768, 1024)}
     asked = {"compile", "v0.1+compile", "tome_fx+compile", "tome_fx+dynamic+compile", "tome_fx+kv+compile"}
@@ -427,6 +439,25 @@ def test_each_row_has_the_bound_of_its_own_flops(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_cell_is_measured_in_processes_of_their_own_with_its_parts(tmp_path: Path) -> None:
+    task = Task(Cell("tiny", 64, guidance=False), ("sdpa", "tome_fx"), 1)
+    (entry,) = latency.run([task], tmp_path / "run.json", breakdown=True, apart=True)["cells"]
+    assert entry["apart"]
+    assert all(len(row["samples_ms"]) == 1 for row in entry["rows"].values())
+    assert all(len(row["samples_ms"]) == 10 for row in entry["breakdown"].values())
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert not multiprocessing.active_children()
+
+
+def test_a_breakdown_of_a_transformer_is_refused(tmp_path: Path) -> None:
+    command = ["--model", "flux-shallow", "--breakdown", "--json", str(tmp_path / "run.json")]
+    parser = argparse.ArgumentParser()
+    latency.add_arguments(parser)
+    with pytest.raises(ValueError, match="breakdown must be of a UNet among others, got flux-shallow"):
+        latency.main(parser.parse_args(command))
+
+
 def test_a_breakdown_times_the_whole_grid_beside_tiles(tmp_path: Path) -> None:
     task = Task(Cell("tiny", 320, guidance=False), ("sdpa",), 1)
     (entry,) = latency.run([task], tmp_path / "run.json", breakdown=True)["cells"]

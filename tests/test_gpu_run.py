@@ -103,7 +103,7 @@ def test_times_are_left_until_the_recorded_rows_have_those_of_the_device(tmp_pat
 
 
 def test_a_cell_is_left_until_all_of_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "_breakdown", lambda *given: {})
+    monkeypatch.setattr(latency, "of_a_site", lambda *given: {})
     task, path = Task(Cell("tiny", 64), ("sdpa",), 1), tmp_path / "run.json"
     assert latency.left(task, path)
     latency.run([task], path)

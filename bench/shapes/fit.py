@@ -1,6 +1,7 @@
 """A training loop that can be stopped at any time and goes on where it was.
 
-A step depends on its number alone, so that a run which was stopped trains what one which was not trains.
+What a step does depends on its number alone, on one kind of device and with as many images. So a run which was stopped
+trains what one which was not trains.
 """
 
 import os
@@ -45,6 +46,7 @@ def fit(
     average = EMAModel(module.parameters(), decay=decay, foreach=True)
     parts = {"module": module, "optimizer": optimizer, "schedule": schedule, "average": average}
     first = _load(path, parts)
+    average.to(next(module.parameters()).device)
     losses: list[Tensor] = []
     with tqdm(total=steps, initial=first, desc=path.stem) as bar, path.with_suffix(".log").open("a") as log:
         for step in range(first, steps):
@@ -77,7 +79,7 @@ def _load(path: Path, parts: dict[str, Any]) -> int:
     """Bring back what a run that was stopped left, and return the step that comes next."""
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return int(state["step"])

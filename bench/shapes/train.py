@@ -141,13 +141,11 @@ def of_flow(
     does with all: "Fast Training of Diffusion Models with Masked Transformers" (2023), arXiv 2306.09305. Times are
     drawn as "Scaling Rectified Flow Transformers" (2024), arXiv 2403.03206, found best: most in the middle.
     """
-    noise = torch.randn_like(latents)
     share = torch.randn_like(latents[:, :1, :1, :1]).sigmoid()
+    noise = torch.randn_like(latents)
     hidden, _, pooled, _ = pipe.encode_prompt(captions, None, None, do_classifier_free_guidance=False, **inputs(pipe))
-    count = latents[0, 0].numel()
-    kept = torch.randperm(count, device=latents.device)[
-        : count if fine else count // 4
-    ]  # of all of them no more than another order
+    order = torch.randperm(latents[0, 0].numel(), device=latents.device)
+    kept = order if fine else order[: len(order) // 4]
     with places(pipe.transformer.pos_embed, kept):
         result = transformer(
             part((1 - share) * latents + share * noise, kept),
@@ -233,7 +231,9 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--coarse-steps", type=int, help="of a denoiser on a quarter of each image, if not its own")
     parser.add_argument("--steps", type=int, help="of a denoiser in all, if not its own")
-    parser.add_argument("--batch", type=int, default=16, help="images of a step of a denoiser, twice as many of parts")
+    parser.add_argument(
+        "--batch", type=int, default=16, help="images of a step of a denoiser, twice as many while it is coarse"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda, of a denoiser; the others are small")
     parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="where the trained pipeline is written")
     parser.add_argument("--reader", type=Path, default=judge.WEIGHTS, help="where the trained reader is written")

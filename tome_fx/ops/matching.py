@@ -149,8 +149,8 @@ def match(
         """The slot itself and the token at a position of each tile, numbered through the batch."""
         return slot, (grid.token_of_position(position) + image[..., None] * count).int()
 
-    # Before torch 2.13 Inductor finds nothing in what it has computed and not written out yet: slots are as they were
-    # written, and images are told apart by a dimension.
+    # Before torch 2.13 Inductor cannot search a view of what it has not written yet, such as a sum: the slots are
+    # searched as a sort or a gather has written them, in a dimension of images.
     in_order, order = map(grid.by_tiles, _in_order(slot, told))
     slots = torch.arange(kept, dtype=slot.dtype, device=tokens.device).repeat(batch, 1)
     start = torch.searchsorted(in_order, slots, out_int32=True) + image * count
