@@ -226,6 +226,20 @@ def test_the_committed_pipeline_is_ordinary_small_and_fine() -> None:
     } == {torch.float32}
 
 
+def test_the_committed_transformer_is_ordinary_and_small_and_as_it_would_be_made_now(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    files = [path for path in shapes.TRANSFORMER.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") <= 12e6
+    trained, fresh = shapes.transformer_pipeline(), blank.transformer_pipeline(pipe)
+    for part in ("transformer", "text_encoder"):
+        new, old = getattr(trained, part), getattr(fresh, part)
+        assert {n: w.shape for n, w in new.state_dict().items()} == {n: w.shape for n, w in old.state_dict().items()}
+        assert {parameter.dtype for parameter in new.parameters()} == {torch.float32}
+    assert trained.transformer.config.sample_size >= 32
+
+
 @pytest.mark.slow
 def test_the_committed_pipeline_draws_what_its_captions_say(pipe: StableDiffusionPipeline) -> None:
     scenes = numbered(HELD_OUT + 9000, 16)
