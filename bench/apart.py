@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import Call, Here, Makes, Row, Started, Timer, Told, folder_of, reason
+from bench.warm import Call, Here, Makes, Row, Started, Timer, Told, folder_of, reason
 
 
 class Apart(Started):

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 import tome_fx
-from bench import documents, markdown, measure, shapes, tables, viz
+from bench import documents, markdown, measure, shapes, tables, viz, warm
 from bench.images import generate
 from bench.models import example
 from bench.runs import RUNS, prepare
@@ -37,7 +37,7 @@ def run(images: int, steps: int, rounds: int, path: Path) -> dict[str, Any]:
     pipe = shapes.pipeline()
     inputs = example(pipe.unet, LATENTS, LATENTS, BATCH)
 
-    def make(name: str) -> measure.Call:
+    def make(name: str) -> warm.Call:
         return partial(predict, prepare(name, pipe.unet, ratio=RATIO), inputs)
 
     rows = measure.compare(
@@ -113,7 +113,7 @@ def sweep(name: str, unet: UNet2DConditionModel) -> tuple[int, int]:
     torch._dynamo.reset()
     with torch.no_grad(), tqdm(total=2 * len(RATIOS), desc=f"ratios, {name}", leave=False) as bar:
         for _ in range(2):
-            with measure.count_compiles() as compiles:
+            with warm.count_compiles() as compiles:
                 for ratio in RATIOS:
                     predict(visits(ratio), inputs)
                     bar.update()

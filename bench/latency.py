@@ -15,18 +15,18 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from bench import documents, flops, measure, models
+from bench import documents, flops, measure, models, warm
 from bench.apart import side_by_side
 from bench.cases import Case
 from bench.cells import SUITES, Cell, Task, suite
 from bench.images import decode, denoise
-from bench.measure import Makes
 from bench.models import Build
 from bench.options import add_merging, merging, note_given, refuse_idle
 from bench.parts import of_a_site
 from bench.runs import MODES, RUNS, prepare
 from bench.tables import table
 from bench.variants import predict
+from bench.warm import Makes
 from tome_fx.families.skeleton import skeleton
 
 NOTE = "Weights are random, from a seed: latency does not depend on them."
@@ -100,7 +100,7 @@ def _kept(path: Path, entry: dict[str, Any]) -> Path:
     return path.with_suffix(".kept") / hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def _save(path: Path, document: dict[str, Any], entry: dict[str, Any], rows: dict[str, measure.Row]) -> None:
+def _save(path: Path, document: dict[str, Any], entry: dict[str, Any], rows: dict[str, warm.Row]) -> None:
     entry["rows"] = measure.as_json(rows)
     documents.write(path, document)
 
@@ -113,7 +113,7 @@ def _bounds(task: Task, model: nn.Module) -> dict[str, float]:
     return {name: stock / counted(RUNS[name].case(task.cell.ratio, task.cell.options)) for name in task.names}
 
 
-def _call(name: str, build: Build, cell: Cell) -> measure.Call:
+def _call(name: str, build: Build, cell: Cell) -> warm.Call:
     """Prepare a row for a cell: the call to time."""
     unet = build(cell.model, cell.device, models.DTYPES[cell.dtype])
     call = prepare(name, unet, ratio=cell.ratio, options=cell.options, mode=cell.mode)
@@ -122,7 +122,7 @@ def _call(name: str, build: Build, cell: Cell) -> measure.Call:
     return partial(predict, call, models.inputs(unet, cell.resolution, cell.unet_batch))
 
 
-def image(call: Callable[..., Any], unet: UNet2DConditionModel, cell: Cell, *, steps: int = STEPS) -> measure.Call:
+def image(call: Callable[..., Any], unet: UNet2DConditionModel, cell: Cell, *, steps: int = STEPS) -> warm.Call:
     """A call that makes the cell's images from prompt embeddings; it returns their pixels."""
     pipe = models.pipeline(unet)
     prompts = models.inputs(unet, cell.resolution, cell.batch)["encoder_hidden_states"]

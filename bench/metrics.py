@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from bench import measure
+from bench import warm
 from bench.images import Images
 from bench.shapes import reader as judge
 from bench.shapes.reader import Reader
@@ -97,7 +97,7 @@ def perceiving(prompts: Sequence[str]) -> Callable[[Images, Images], dict[str, A
         try:
             scores[build.__name__] = build()
         except Exception as error:  # a package, its weights or the network is missing, each in its own way
-            scores[build.__name__] = f"not measured: {measure.reason(error)}"
+            scores[build.__name__] = f"not measured: {warm.reason(error)}"
 
     def perceived(images: Images, stock: Images) -> dict[str, Any]:
         return {name: score if isinstance(score, str) else score(images, stock) for name, score in scores.items()}

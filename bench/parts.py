@@ -9,11 +9,11 @@ import torch
 from bench import models
 from bench.cases import DEFAULTS, Case
 from bench.cells import Cell
-from bench.measure import Call
 from bench.models import Build
 from bench.peers import finest_sites
 from bench.tables import MERGING, SEARCHES
 from bench.variants import merged
+from bench.warm import Call
 from tome_fx import ops, plan
 from tome_fx.families.weights import weights
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import documents, measure, shapes, viz
+from bench import documents, measure, shapes, viz, warm
 from bench.cases import ROUNDED, STOCK, Case
 from bench.flops import saving
 from bench.images import Images, denoiser_of, generate
@@ -127,7 +127,7 @@ def add_times(path: Path, side: int, rounds: int, device: str = "cpu", dtype: st
     inputs = example(denoiser, side, side, 2)
     cases = [Case.read(row["case"]) for row in document["rows"]]
 
-    def make(case: Case) -> measure.Call:
+    def make(case: Case) -> warm.Call:
         return partial(predict, apply(case, denoiser, document["steps"]), inputs)
 
     runs = {case.title: partial(make, case) for case in cases}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import documents, markdown, measure
+from bench import documents, markdown, measure, warm
 from bench.attention import FORMS, HEADS, PLAIN, WIDTHS, kernel, weight_rows
 from bench.models import DTYPES
 
@@ -80,7 +80,7 @@ def left(cells: Sequence[Cell], path: Path) -> list[Cell]:
     return [cell for cell in cells if cell not in held]
 
 
-def _call(form: str, inputs: tuple[Tensor, ...]) -> measure.Call:
+def _call(form: str, inputs: tuple[Tensor, ...]) -> warm.Call:
     compiled: Callable[..., Tensor] = torch.compile(FORMS[form], fullgraph=True)
     return lambda: compiled(*inputs)
 

@@ -35,6 +35,7 @@ from bench import (
     tables,
     variants,
     viz,
+    warm,
     weights,
 )
 from bench.apart import side_by_side
@@ -57,7 +58,7 @@ def spin(milliseconds: float) -> Callable[[], Tensor]:
     return call
 
 
-def compare(calls: dict[str, Callable[[], Tensor]], exact: bool = True, rounds: int = 5) -> dict[str, measure.Row]:
+def compare(calls: dict[str, Callable[[], Tensor]], exact: bool = True, rounds: int = 5) -> dict[str, warm.Row]:
     runs = {name: (lambda call=call: call) for name, call in calls.items()}
     return measure.compare(runs, exact=dict.fromkeys(calls, exact), rounds=rounds, device="cpu", title="test")
 
@@ -140,16 +141,16 @@ def test_a_graph_break_planted_on_purpose_is_counted() -> None:
     x = torch.randn(8)
     compiled = {f.__name__: torch.compile(f, backend="eager") for f in (whole, broken)}
     rows = compare({name: partial(function, x) for name, function in compiled.items()})
-    assert rows["whole"].compiles == measure.Compiles(graphs=1, graph_breaks=0, recompiles=0)
-    assert rows["broken"].compiles == measure.Compiles(graphs=2, graph_breaks=1, recompiles=0)
+    assert rows["whole"].compiles == warm.Compiles(graphs=1, graph_breaks=0, recompiles=0)
+    assert rows["broken"].compiles == warm.Compiles(graphs=2, graph_breaks=1, recompiles=0)
 
 
 def test_a_recompile_is_counted() -> None:
     compiled = torch.compile(lambda x: x.sin(), backend="eager", dynamic=False)
-    with measure.count_compiles() as compiles:
+    with warm.count_compiles() as compiles:
         for size in (3, 4, 3, 5):
             compiled(torch.ones(size))
-    assert compiles == measure.Compiles(graphs=3, graph_breaks=0, recompiles=2)
+    assert compiles == warm.Compiles(graphs=3, graph_breaks=0, recompiles=2)
 
 
 def test_a_variant_that_raises_is_reported_and_the_others_go_on() -> None:
@@ -199,7 +200,7 @@ def test_a_merging_variant_may_differ() -> None:
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("can't allocate memory")])
 def test_out_of_memory_says_so(error: Exception) -> None:
-    assert measure.reason(error) == "OOM"
+    assert warm.reason(error) == "OOM"
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,7 +548,7 @@ def test_committed_results_have_the_schema(path: Path) -> None:
     for rows in groups:
         assert rows
         for row in rows.values():
-            parsed = measure.Row(**{**row, "compiles": row["compiles"] and measure.Compiles(**row["compiles"])})
+            parsed = warm.Row(**{**row, "compiles": row["compiles"] and warm.Compiles(**row["compiles"])})
             assert bool(parsed.samples_ms) != bool(parsed.error)
             assert all(sample > 0 for sample in parsed.samples_ms)
 

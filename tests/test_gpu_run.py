@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.measuring import interrupt_the_second
 
-from bench import attention, documents, gpu, latency, measure, models, parts, quality, report, weights
+from bench import attention, documents, gpu, latency, measure, models, parts, quality, report, warm, weights
 from bench.cells import Cell, Task, suite
 from tome_fx import ops
 
@@ -115,7 +115,7 @@ def test_a_cell_is_left_until_all_of_it_is_measured(tmp_path: Path, monkeypatch:
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]  # nothing that was compiled is kept
 
 
-def compiling(log: list[str], interrupted: bool = False) -> Callable[[], measure.Call]:
+def compiling(log: list[str], interrupted: bool = False) -> Callable[[], warm.Call]:
     """Notes what is in the cache when it is called first, and leaves a file there."""
 
     def call() -> torch.Tensor:
@@ -136,7 +136,7 @@ def test_what_was_compiled_for_a_cell_that_was_stopped_is_there_when_it_goes_on(
         measure.compare({"a, or": compiling(log), "b": compiling(log, interrupted=True)}, **common)
     assert log == ["", "code", ""]  # two calls of the first row, one of the second
     log.clear()
-    cold = (tmp_path / "a-or" / measure.COLD).read_text()
+    cold = (tmp_path / "a-or" / warm.COLD).read_text()
     rows = measure.compare({name: compiling(log) for name in ("a, or", "b")}, **common)
     assert log[:4] == ["code,cold", "code,cold", "", "code"]  # what was stopped in the middle starts anew
     assert rows["a, or"].first_s == float(cold)
@@ -153,7 +153,7 @@ def test_a_part_of_a_site_that_finds_no_memory_spoils_no_other(tmp_path: Path, m
         cell = Cell("tiny", 64, guidance=False)
         makes = parts.of_a_site(cell, models.build)
         rows = measure.compare(makes, exact=None, rounds=1, device="cpu", title="parts", kept=tmp_path)
-    failed = {name for name, row in rows.items() if row.error == measure.OUT_OF_MEMORY}
+    failed = {name for name, row in rows.items() if row.error == warm.OUT_OF_MEMORY}
     assert failed == {name for name in rows if "merge" in name}
     assert all(row.samples_ms for name, row in rows.items() if name not in failed)
 
@@ -186,7 +186,7 @@ def test_weights_go_on_where_they_were_stopped_and_become_a_table(
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in weights.table(document).splitlines()[2:]]
     assert [line[:3] for line in lines] == [[str(c.width), "16", form] for c in SMALL for form in attention.FORMS]
     assert [line[3] for line in lines[:4]] == ["flash", "flash", "flash", "its own"]
-    assert lines[3][4:6] == [measure.OUT_OF_MEMORY, ""]
+    assert lines[3][4:6] == [warm.OUT_OF_MEMORY, ""]
     assert all(float(line[4]) > 0 and line[5].endswith(")") for line in lines[1:3])
     text = report.section("weights", document)
     assert all(part in text for part in (weights.NOTE, "Batch 1, 8 heads, fp32 on cpu", weights.table(document)))
