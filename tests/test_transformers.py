@@ -330,10 +330,14 @@ def test_the_model_given_is_left_as_it_is_and_the_result_is_of_its_class_and_wei
 
 @some
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("prop_attn", [False, pytest.param(None, marks=pytest.mark.slow)], ids=["", "weighed"])
 @scopes
-def test_gradients_are_those_of_the_patch(scope: dict[str, Any], name: str, checkpointing: bool) -> None:
+def test_gradients_are_those_of_the_patch(
+    scope: dict[str, Any], prop_attn: bool | None, name: str, checkpointing: bool
+) -> None:
     model, arguments = copy.deepcopy(MODELS[name]()), inputs(MODELS[name]())
-    result, expected = transformed(model, prop_attn=False, **scope), patched(model, prop_attn=False, **scope)
+    options = {"prop_attn": prop_attn, **scope}
+    result, expected = transformed(model, **options), patched(model, **options)
     if checkpointing and not model._supports_gradient_checkpointing:
         pytest.skip(f"diffusers has no checkpointing for {name}")
     if checkpointing:  # in both, for Chroma hands its last blocks no mask then
