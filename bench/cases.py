@@ -9,8 +9,8 @@ import tome_fx
 
 STOCK = "stock"
 ROUNDED = {  # stock again, in half precision: what is no further from stock than one of these is as good as exact
-    "bf16": "a bf16 UNet is this far from an fp32 one",
-    "fp16": "an fp16 UNet is this far from an fp32 one",
+    "bf16": "a bf16 model is this far from an fp32 one",
+    "fp16": "an fp16 model is this far from an fp32 one",
 }
 # What `tome_fx.transform` can be told besides the model and the ratio, each with its default
 DEFAULTS = {name: p.default for name, p in signature(tome_fx.transform).parameters.items() if p.kind is p.KEYWORD_ONLY}

@@ -17,6 +17,8 @@ LATE, EARLY = Case("tome_fx", 0, KV, ((0.5, 0.75),)), Case("tome_fx", 0.75, KV, 
 LATE_HALF = Case("tome_fx", 0, KV, ((0.5, 0.5),))
 CONSTANT = Case("tome_fx", 0.38, KV)
 MORE_LATE, MORE_EARLY = Case("tome_fx", 0.25, (), ((0.5, 0.75),)), Case("tome_fx", 0.75, (), ((0.5, 0.25),))
+ATTENTION_LATE = Case("tome_fx", 0, (), ((0.5, 0.5),))
+WHOLE_SOONER, WHOLE_MORE = Case("tome_fx", 0, WHOLE, ((0.25, 0.5),)), Case("tome_fx", 0, WHOLE, ((0.5, 0.75),))
 WHOLE_LATE, WHOLE_EARLY = Case("tome_fx", 0, WHOLE, ((0.5, 0.5),)), Case("tome_fx", 0.5, WHOLE, ((0.5, 0),))
 
 TODO, HIDIFFUSION = Case("todo", 0.75), Case("hidiffusion", 0.75)
@@ -67,7 +69,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
         *(Case("tome_fx", ratio, whole) for whole in ((), WHOLE) for ratio in (0.25, 0.5)),
         *(Case("tome_fx", 0.5, tiles) for tiles in (WHOLE_GRID, SMALL_TILES, WHOLE_SMALL_TILES)),
         Case("tome_fx", 0.5, WHOLE_PER_BLOCK),
-        *(WHOLE_LATE, WHOLE_EARLY),
+        *(WHOLE_LATE, WHOLE_EARLY, WHOLE_SOONER, WHOLE_MORE, ATTENTION_LATE),
     ),
 }
 
@@ -104,6 +106,9 @@ QUESTIONS: tuple[tuple[str, Case, Case], ...] = (
     ("whole blocks, tiles of 16 - of 32", Case("tome_fx", 0.5, WHOLE_SMALL_TILES), Case("tome_fx", 0.5, WHOLE)),
     ("whole blocks, one match - one for each", Case("tome_fx", 0.5, WHOLE), Case("tome_fx", 0.5, WHOLE_PER_BLOCK)),
     ("whole blocks, late - early", WHOLE_LATE, WHOLE_EARLY),
+    ("whole blocks, late - throughout", WHOLE_LATE, Case("tome_fx", 0.25, WHOLE)),
+    ("whole blocks, from the middle - from a quarter", WHOLE_LATE, WHOLE_SOONER),
+    ("whole blocks, late - attention, late", WHOLE_LATE, ATTENTION_LATE),
     *(("`tome_fx` - `tomesd`", Case("tome_fx", ratio), Case("tomesd", ratio)) for ratio in RATIOS),
     *(
         (f"`tome_fx` - `{peer.variant}`", Case("tome_fx", ratio), peer)

@@ -440,7 +440,6 @@ def test_each_row_has_the_bound_of_its_own_flops(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_cell_is_measured_in_processes_of_their_own_with_its_parts(tmp_path: Path) -> None:
     task = Task(Cell("tiny", 64, guidance=False), ("sdpa", "tome_fx"), 1)
     (entry,) = latency.run([task], tmp_path / "run.json", breakdown=True, apart=True)["cells"]
@@ -459,6 +458,7 @@ def test_a_breakdown_of_a_transformer_is_refused(tmp_path: Path) -> None:
         latency.main(parser.parse_args(command))
 
 
+@pytest.mark.slow
 def test_a_breakdown_times_the_whole_grid_beside_tiles(tmp_path: Path) -> None:
     task = Task(Cell("tiny", 320, guidance=False), ("sdpa",), 1)
     (entry,) = latency.run([task], tmp_path / "run.json", breakdown=True)["cells"]

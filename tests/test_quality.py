@@ -153,7 +153,7 @@ def test_the_table_tells_a_rows_options_its_savings_and_what_the_yardstick_is_fo
     assert lines[0][:4] == ["variant", "ratio", "options", "FLOPs saved: shapes / sdxl"]
     assert lines[2][:4] == ["`stock`", "", "", ""]
     assert lines[3][:4] == ["`tome_fx`", "0, 0.75 from 50%", "merge_queries=False, tile=None", "10.0% / 1.0%"]
-    assert lines[4][:4] == ["`bf16`", "", "a bf16 UNet is this far from an fp32 one", "20.0% / 2.0%"]
+    assert lines[4][:4] == ["`bf16`", "", "a bf16 model is this far from an fp32 one", "20.0% / 2.0%"]
 
 
 def test_prompts_are_read_from_lines_or_from_the_column_of_a_tsv(tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_quality_over_flops_is_drawn_with_peers_advice_and_yardstick() -> None:
     plots.draw_frontier(axes, rows_of(*cases), "shapes")
     plt.close(figure)
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["tome_fx", "v0.1", "tomesd", "a bf16 UNet is this far from an fp32 one"]
+    assert labels == ["tome_fx", "v0.1", "tomesd", "a bf16 model is this far from an fp32 one"]
     assert {text.get_text() for text in axes.texts} == {*suites.POINTS, "0.5", "0.25"}
     assert axes.lines[-1].get_ydata()[0] == 26  # the mean of the yardstick's 31 and 21
 

@@ -196,7 +196,7 @@ def side_by_side(columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str] = 
         ImportError: There is no matplotlib.
     """
     height = len(next(iter(columns.values())))
-    figure = _figure_class()(figsize=(inches * len(columns), (inches + 0.05) * height))
+    figure = _figure_class()(figsize=(inches * len(columns), (inches + 0.05) * height), layout="compressed")
     axes = figure.subplots(height, len(columns), squeeze=False)
     for x, (title, images) in enumerate(columns.items()):
         for y, image in enumerate(images):
@@ -208,7 +208,6 @@ def side_by_side(columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str] = 
                 axis.set_title(textwrap.fill(title, 20, break_long_words=False), fontsize=8)
             if x == 0 and rows:
                 axis.set_ylabel(textwrap.fill(rows[y], 22, break_long_words=False), fontsize=7)
-    figure.tight_layout(pad=0.3)
     return figure
 
 
