@@ -724,7 +724,7 @@ def test_no_shape_depends_on_data_when_traced_with_fake_tensors() -> None:
 
 @pytest.mark.parametrize("height, width, tile", [(8, 8, None), (8, 8, 4), (13, 19, None), (13, 19, 4)])
 def test_slots_are_found_in_what_is_written(height: int, width: int, tile: int | None) -> None:
-    """Before torch 2.13 Inductor, on a GPU, cannot search a view of what it has not written yet."""
+    """Inductor of torch 2.11, on a GPU, cannot search a view of what it has not written yet."""
     match = functools.partial(ops.match, height=height, width=width, kept=32, sx=2, sy=2, seed=1, tile=tile)
     graph = make_fx(match, tracing_mode="fake")(random_tokens(height * width)).graph
     (searched,) = (node.args[0] for node in graph.nodes if node.target is torch.ops.aten.searchsorted.Tensor)

@@ -149,7 +149,7 @@ def match(
         """The slot itself and the token at a position of each tile, numbered through the batch."""
         return slot, (grid.token_of_position(position) + image[..., None] * count).int()
 
-    # Before torch 2.13 Inductor cannot search a view of what it has not written yet, such as a sum: the slots are
+    # On a GPU, Inductor of torch 2.11 cannot search a view of what it has not written yet, such as a sum: the slots are
     # searched as a sort or a gather has written them, in a dimension of images.
     in_order, order = map(grid.by_tiles, _in_order(slot, told))
     slots = torch.arange(kept, dtype=slot.dtype, device=tokens.device).repeat(batch, 1)

@@ -62,8 +62,8 @@ class RatioSchedule:
 
         Args:
             models: As above.
-            ratio: From then on. Half saves as much over all as a quarter throughout, and moves an image less; at three
-                quarters there was no difference to as much throughout.
+            ratio: From then on. Half saves nearly as much over all as a quarter throughout, and moves an image less; at
+                three quarters there was no difference to as much throughout in a UNet.
             start: Share of the steps to leave as they are, above 0 and below 1.
 
         Raises:
