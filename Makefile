@@ -44,9 +44,7 @@ test-all: $(READY) ## Run every test, as CI does
 # The warning is of importing diffusers 0.36 where there is no CUDA: the option can go when the floor is past that.
 test-floor: $(FLOOR_READY) ## Run the library's fast tests on the oldest torch and diffusers supported, in JOBS processes
 	$(FLOOR)/bin/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal \
-		--ignore tests/cuda_code --ignore tests/test_bench.py \
-		--ignore tests/test_quality.py --ignore tests/test_shapes.py --ignore tests/test_gpu_run.py \
-		--ignore tests/test_packaging.py --ignore tests/test_docs.py \
+		--ignore tests/cuda_code --ignore tests/benchmarks --ignore tests/test_packaging.py --ignore tests/test_docs.py \
 		--ignore-glob "tests/test_transformer*.py" -k "not test_flux" \
 		-W "ignore:User provided device_type of 'cuda':UserWarning"
 

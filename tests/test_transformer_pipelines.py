@@ -38,6 +38,7 @@ from diffusers import (
 )
 from support.features import AFTER, CONDITION, CPU, WORKS, supports
 from support.models import relative_error
+from support.transformer_oracle import patched
 from support.transformers import (
     MODELS,
     flux,
@@ -45,7 +46,6 @@ from support.transformers import (
     inputs,
     ltx,
     output,
-    patched,
     pixart,
     qwen,
     sd3,

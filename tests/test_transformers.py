@@ -28,6 +28,7 @@ from support.compiling import assert_no_break_and, by_block, whole
 from support.features import supports
 from support.models import relative_error
 from support.state import state
+from support.transformer_oracle import patched
 from support.transformers import (
     FRAMES,
     MODELS,
@@ -37,7 +38,6 @@ from support.transformers import (
     inputs,
     one_of,
     output,
-    patched,
     pixart,
     qwen,
     sd3,
