@@ -55,7 +55,7 @@ class Cell:
 
     def __str__(self) -> str:
         """Its name in a progress bar."""
-        return f"{self.model} {self.resolution}px b{self.batch} {self.merging}"
+        return f"{self.model} {self.resolution}px b{self.batch} {self.dtype} {self.merging}"
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Task:
 
 # What eager attention writes out is beyond a laptop's memory where images are large
 FUSED = tuple(name for name, run in RUNS.items() if run.fused)
+FEW = ("sdpa", "tomesd+sdpa", "compile", "tome_fx", "tome_fx+compile", "oracle+compile", "todo+compile")
 COMPILED = ("compile", "tome_fx+compile", "tome_fx+blocks+compile")
 ALL_OF_A_GPU = ("sdpa", "tomesd+sdpa", "v0.1+compile", *COMPILED, "tome_fx+kv+compile", "oracle+compile")
 
@@ -80,12 +81,10 @@ def suite(name: str, device: str) -> list[Task]:
         return [Task(Cell("tiny", 256, device=device), ("sdpa", "compile", "tome_fx", "tome_fx+compile"), 3)]
     if name == "cpu":
         return [
-            Task(Cell("tiny", 512, guidance=False), rounds=6),
-            Task(Cell("tiny", 768, guidance=False), FUSED, rounds=6),
-            Task(Cell("tiny", 1024, guidance=False), FUSED, rounds=6),
-            Task(Cell("sd15", 512, guidance=False), rounds=6),
-            Task(Cell("sd15", 768, guidance=False), FUSED, rounds=4),
-            Task(Cell("sd15", 1024, guidance=False), FUSED, rounds=3),
+            Task(Cell(name, side, dtype=dtype, guidance=False), rows, rounds)
+            for name, of_sides in (("tiny", (6, 6, 6)), ("sd15", (6, 4, 3)))
+            for dtype, rows in (("fp32", FUSED), ("bf16", FEW))
+            for side, rounds in zip((512, 768, 1024), of_sides, strict=True)
         ]
     if name == "seed":
         grid = itertools.product((512, 768, 1024), (1, 2, 4, 8, 10))

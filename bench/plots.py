@@ -84,17 +84,17 @@ def frontier(places: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def _latencies(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
-    """For each model that has every step of the waterfall at a size, but for what large images have no memory for.
+    """For each model and dtype with every step of the waterfall at a size, but for what has no memory in large images.
 
     A single resolution makes no line.
     """
-    chosen: dict[str, dict[int, dict[str, Any]]] = {}
+    chosen: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     needed = {name for name in WATERFALL if RUNS[name].fused}
     for entry in entries:
         cell = Cell.read(entry["cell"])
         if (cell.ratio, cell.options, cell.batch) == (0.5, (), 1) and entry["rows"].keys() >= {"compile", OURS}:
-            chosen.setdefault(cell.model, {})[cell.resolution] = entry
-    for model, by_side in chosen.items():
+            chosen.setdefault((cell.model, cell.dtype), {})[cell.resolution] = entry
+    for (model, dtype), by_side in chosen.items():
         sides = sorted(by_side)
         whole = max((side for side in sides if by_side[side]["rows"].keys() >= needed), default=None)
         if whole is None:
@@ -104,10 +104,10 @@ def _latencies(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Figure]
         axes = figure.subplots(1, panels, squeeze=False)[0]
         if panels == 2:
             _draw_speedups(axes[0], {side: by_side[side] for side in sides})
-            axes[0].set_title(f"{model}, ratio 0.5")
+            axes[0].set_title(f"{model}, {dtype}, ratio 0.5")
         _draw_waterfall(axes[-1], by_side[whole]["rows"])
-        axes[-1].set_title(f"{model}, {whole} px: each bar adds one technique")
-        yield model, figure
+        axes[-1].set_title(f"{model}, {dtype}, {whole} px: each bar adds one technique")
+        yield f"{model}-{dtype}", figure
 
 
 def _draw_speedups(axes: Any, by_side: dict[int, dict[str, Any]]) -> None:

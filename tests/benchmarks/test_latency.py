@@ -1,6 +1,7 @@
 """Suites and cells of latency: what is measured, of which rows, and what a command line may ask for."""
 
 import argparse
+import itertools
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,14 @@ def test_suites_have_the_cells_they_are_named_for() -> None:
     assert {("sd15", 512), ("sd15", 2048), ("sdxl", 1024), ("sdxl", 2048)} <= sides
     asked = {"compile", "tome_fx+compile", "tome_fx+blocks+compile"}
     assert all(asked <= set(task.names) for task in gpu)
-    cpu = {(task.cell.model, task.cell.resolution): task for task in suite("cpu", "cpu")}
-    assert cpu.keys() == {(model, side) for model in ("tiny", "sd15") for side in (512, 768, 1024)}
+    cpu = {(task.cell.dtype, task.cell.model, task.cell.resolution): task for task in suite("cpu", "cpu")}
+    assert cpu.keys() == set(itertools.product(("fp32", "bf16"), ("tiny", "sd15"), (512, 768, 1024)))
+    few = {"sdpa", "tomesd+sdpa", "compile", "tome_fx", "tome_fx+compile", "oracle+compile", "todo+compile"}
+    assert all(few <= set(task.names) for task in cpu.values())
     asked = {"compile", "v0.1+compile", "tome_fx+compile", "tome_fx+dynamic+compile", "tome_fx+kv+compile"}
     asked |= {"oracle+compile", "todo+compile", "hidiffusion+compile", "tomesd+compile"}
-    assert all(asked <= set(task.names) for task in cpu.values())
-    assert not {"vanilla", "tomesd"} & set(cpu["sd15", 1024].names)
+    assert all(asked <= set(task.names) for (dtype, *_), task in cpu.items() if dtype == "fp32")
+    assert not {"vanilla", "tomesd"} & set(cpu["fp32", "sd15", 1024].names)
 
 
 def test_a_cell_is_stored_and_read_with_its_options() -> None:

@@ -84,16 +84,17 @@ def test_levels_pay_by_rule_where_they_do_by_the_estimates_for_the_card_that_the
 
 
 def test_only_a_file_with_every_step_of_the_waterfall_makes_a_plot(tmp_path: Path) -> None:
-    def entry(side: int, *names: str) -> dict[str, Any]:
+    def entry(side: int, *names: str, dtype: str = "fp32") -> dict[str, Any]:
         rows = {name: {"samples_ms": [1.0]} for name in names}
-        return {"cell": Cell("tiny", side).stored(), "rows": rows, "bounds": dict.fromkeys(names, 2.0)}
+        return {"cell": Cell("tiny", side, dtype=dtype).stored(), "rows": rows, "bounds": dict.fromkeys(names, 2.0)}
 
     every = entry(64, *plots.WATERFALL)
+    half = entry(64, *plots.WATERFALL, dtype="bf16")
     large = entry(128, "sdpa", "compile", plots.OURS)  # attention that is written out has no memory there
-    files = {"all": [every, large], "some": [entry(64, "vanilla", "compile", plots.OURS)]}
+    files = {"all": [every, half, large], "some": [entry(64, "vanilla", "compile", plots.OURS)]}
     results = {name: {"kind": "latency", "cells": cells} for name, cells in files.items()}
     shown = plots.write(results, tmp_path, lambda name: True)
-    assert [path.name for path in shown] == ["all-tiny.png"]
+    assert [path.name for path in shown] == ["all-tiny-fp32.png", "all-tiny-bf16.png"]
     assert not plots.write(results, tmp_path, lambda name: False)
 
 
