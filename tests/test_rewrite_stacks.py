@@ -39,7 +39,9 @@ from tome_fx.plan import TransformError
 def stack(*blocks: str, **more: Any) -> Stack:
     """Blocks of the outer graph, which take x and gain."""
     arguments = ((("x", None), ("gain", 1.0)),) * len(blocks)
-    return Stack(blocks, tokens="x", arguments=arguments, image="image", grid=ops.grid_of, ratio="ratio", **more)
+    return Stack(
+        blocks, tokens="x", arguments=arguments, grid_inputs=("image",), grid=ops.grid_of, ratio="ratio", **more
+    )
 
 
 class Shifted(nn.Module):

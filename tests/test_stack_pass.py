@@ -98,7 +98,7 @@ def stack(**changed: Any) -> Stack:
         "blocks": tuple(f"blocks.{i}" for i in range(4)),
         "tokens": "x",
         "arguments": 4 * (PARAMETERS,),
-        "image": "image",
+        "grid_inputs": ("image",),
         "grid": ops.grid_of,
         "ratio": "ratio",
         "result": 1,

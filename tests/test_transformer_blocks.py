@@ -190,7 +190,7 @@ def test_blocks_are_handed_slot_maps_and_what_they_hand_on_is_made_for_merged_to
         blocks=("blocks.0", "blocks.1"),
         tokens="x",
         arguments=2 * ((("x", ...), ("text", ...), ("gain", None)),),
-        image="image",
+        grid_inputs=("image",),
         grid=ops.grid_of,
         ratio="ratio",
         adapted=(Adapted("gain", gain_of),),

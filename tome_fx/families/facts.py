@@ -22,9 +22,9 @@ class Facts:
     Args:
         inputs: What makes inputs for it; see transformer_inputs.py.
         blocks: Names of its lists of blocks, in the order in which they run.
-        image: Name of the input that shows where tokens lie, or names of several.
-        grid: What makes height and width of it, of a video the number of frames before them.
-        line: What makes a line of it, where it is no image; see `Stack`.
+        grid_inputs: Names of the inputs that show where tokens lie.
+        grid: What makes height and width of them, of a video the number of frames before them.
+        line: What makes a line of them, where they are no image; see `Stack`.
         joint: Which of the lists have blocks whose tokens are text and image, in this order, and come back alone.
         result: Place of the image's tokens in what a block returns; None where it returns them alone.
         attention: Names of the attention modules in a block, the one whose keys are image tokens first.
@@ -48,7 +48,7 @@ class Facts:
 
     inputs: Callable[..., dict[str, Any]]
     blocks: tuple[str, ...]
-    image: str | tuple[str, ...]
+    grid_inputs: tuple[str, ...]
     grid: Callable[..., tuple[int, ...]]
     line: Callable[..., Tensor] | None = None
     joint: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ def of_condition_of_wan(timestep: Any, text: Any, image: Any, timestep_seq_len: 
 SD3 = Facts(
     transformer_inputs.of_sd3,
     blocks=("transformer_blocks",),
-    image="hidden_states",
+    grid_inputs=("hidden_states",),
     grid=grids.grid_of_patches,
     attention=("attn", "attn2"),
     processor="attention_processor.JointAttnProcessor2_0",
@@ -112,7 +112,7 @@ SD3 = Facts(
 FLUX = Facts(
     transformer_inputs.of_flux,
     blocks=("transformer_blocks", "single_transformer_blocks"),
-    image="img_ids",
+    grid_inputs=("img_ids",),
     grid=grids.row_of_coordinates,
     line=grids.line_of_coordinates,
     adapted=(Adapted("image_rotary_emb", rotary.after_text),),
@@ -127,7 +127,7 @@ FACTS: dict[str, Facts] = {
     "PixArtTransformer2DModel": Facts(
         transformer_inputs.of_pixart,
         blocks=("transformer_blocks",),
-        image="hidden_states",
+        grid_inputs=("hidden_states",),
         grid=grids.grid_of_patches,
         result=None,
         attention=("attn1", "attn2"),
@@ -137,13 +137,13 @@ FACTS: dict[str, Facts] = {
     ),
     "SD3Transformer2DModel": SD3,
     # Of one without an embedding of places the tokens are put in, but for those of its picture.
-    "SD3ControlNetModel": replace(SD3, inputs=transformer_inputs.of_sd3_controlnet, image="controlnet_cond"),
+    "SD3ControlNetModel": replace(SD3, inputs=transformer_inputs.of_sd3_controlnet, grid_inputs=("controlnet_cond",)),
     "FluxTransformer2DModel": FLUX,
     "FluxControlNetModel": replace(FLUX, inputs=transformer_inputs.of_flux_controlnet),
     "QwenImageTransformer2DModel": Facts(
         transformer_inputs.of_qwen,
         blocks=("transformer_blocks",),
-        image="img_shapes",
+        grid_inputs=("img_shapes",),
         grid=grids.row_of_shapes,
         line=grids.line_of_shapes,
         processor="transformers.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0",
@@ -157,7 +157,7 @@ FACTS: dict[str, Facts] = {
         transformer_inputs.of_chroma,
         blocks=("transformer_blocks", "single_transformer_blocks"),
         joint=("single_transformer_blocks",),
-        image="img_ids",
+        grid_inputs=("img_ids",),
         grid=grids.row_of_coordinates,
         line=grids.line_of_coordinates,
         adapted=(
@@ -172,7 +172,7 @@ FACTS: dict[str, Facts] = {
         transformer_inputs.of_flux2,
         blocks=("transformer_blocks", "single_transformer_blocks"),
         joint=("single_transformer_blocks",),
-        image="img_ids",
+        grid_inputs=("img_ids",),
         grid=grids.row_of_coordinates,
         line=grids.line_of_coordinates_and_layer,
         adapted=(Adapted("image_rotary_emb", rotary.after_text),),
@@ -185,7 +185,7 @@ FACTS: dict[str, Facts] = {
         transformer_inputs.of_auraflow,
         blocks=("joint_transformer_blocks", "single_transformer_blocks"),
         joint=("single_transformer_blocks",),
-        image="hidden_states",
+        grid_inputs=("hidden_states",),
         grid=grids.grid_of_patches,
         processor="attention_processor.AuraFlowAttnProcessor2_0",
         unweighed="takes no mask, by which merged tokens would be weighed",
@@ -195,7 +195,7 @@ FACTS: dict[str, Facts] = {
     "CogView4Transformer2DModel": Facts(
         transformer_inputs.of_cogview4,
         blocks=("transformer_blocks",),
-        image="hidden_states",
+        grid_inputs=("hidden_states",),
         grid=grids.grid_of_patches,
         result=0,
         attention=("attn1",),
@@ -206,7 +206,7 @@ FACTS: dict[str, Facts] = {
     "HunyuanDiT2DModel": Facts(
         transformer_inputs.of_hunyuan_dit,
         blocks=("blocks",),
-        image="hidden_states",
+        grid_inputs=("hidden_states",),
         grid=grids.grid_of_patches,
         result=None,
         attention=("attn1", "attn2"),
@@ -219,7 +219,7 @@ FACTS: dict[str, Facts] = {
     "CogVideoXTransformer3DModel": Facts(
         video_inputs.of_cogvideox,
         blocks=("transformer_blocks",),
-        image="hidden_states",
+        grid_inputs=("hidden_states",),
         grid=grids.grid_of_frames_before_channels,
         result=0,
         attention=("attn1",),
@@ -233,7 +233,7 @@ FACTS: dict[str, Facts] = {
     "LTXVideoTransformer3DModel": Facts(
         video_inputs.of_ltx,
         blocks=("transformer_blocks",),
-        image=("num_frames", "height", "width"),
+        grid_inputs=("num_frames", "height", "width"),
         grid=grids.grid_as_told,
         result=None,
         attention=("attn1", "attn2"),
@@ -246,7 +246,7 @@ FACTS: dict[str, Facts] = {
     "WanTransformer3DModel": Facts(
         video_inputs.of_wan,
         blocks=("blocks",),
-        image="hidden_states",
+        grid_inputs=("hidden_states",),
         grid=grids.grid_of_frames,
         result=None,
         attention=("attn1", "attn2"),

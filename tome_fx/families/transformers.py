@@ -153,7 +153,7 @@ def _stack(model: nn.Module, facts: Facts, blocks: tuple[str, ...], plan: Plan) 
         blocks,
         tokens=TOKENS,
         arguments=tuple(map(positional, modules)),
-        image=facts.image,
+        grid_inputs=facts.grid_inputs,
         grid=facts.grid,
         grid_arguments=() if facts.line else facts.patch(model),
         line=facts.line,

@@ -153,7 +153,7 @@ def rewritten_classes(model: nn.Module, plan: Plan) -> dict[str, type[nn.Module]
             blocks,
             tokens="hidden_states",
             arguments=tuple(positional(model.get_submodule(f"{path}.{block}")) for block in blocks),
-            image="hidden_states",
+            grid_inputs=("hidden_states",),
             grid=ops.grid_of,
             ratio=f"{MERGING}.ratio",
             weights="attention_mask",

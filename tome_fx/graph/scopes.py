@@ -67,8 +67,8 @@ class Stack:
         tokens: Name of a block's argument that holds the tokens `[B, N, C]`; by position it is the first.
         arguments: For each block, the names and default values of its positional arguments, in order, for calls through
             a function that passes positional arguments alone. None for a block that takes any number.
-        image: Name of the input of the calling module that shows the grid, or names of several.
-        grid: What makes height and width of that input and of `grid_arguments`. Of tokens on a line it is one row.
+        grid_inputs: Names of the inputs of the calling module that show the grid.
+        grid: What makes height and width of those inputs and of `grid_arguments`. Of tokens on a line it is one row.
         ratio: Path of the attribute of the calling module that holds the ratio, from `ops.as_read`.
         result: Place of the tokens in the tuple that a block returns; None where it returns them alone.
         weights: Name of the argument that takes the logarithms of the slots' sizes `[B * heads, 1, K]`, to be added
@@ -78,8 +78,8 @@ class Stack:
             a dict is the dict's and its own, `kwargs.masks`.
         option: The option that merges around these blocks, for messages.
         grid_arguments: Further arguments of `grid`, such as the side of a patch.
-        line: What makes the order of the tokens, of that input, the tokens and the sides of a cell, where the input
-            does not show the grid by its shape (NOTE [Tokens on a line]); None where it does.
+        line: What makes the order of the tokens, of those inputs, the tokens and the sides of a cell, where they do not
+            show the grid by their shapes (NOTE [Tokens on a line]); None where they do.
         frames: Whether tokens are those of a video, each frame of which is matched by itself: `grid` makes the number
             of frames, and the height and width of one.
         adapted: Arguments that are others where tokens are merged.
@@ -92,7 +92,7 @@ class Stack:
     blocks: tuple[str, ...]
     tokens: str
     arguments: tuple[tuple[tuple[str, Any], ...] | None, ...]
-    image: str | tuple[str, ...]
+    grid_inputs: tuple[str, ...]
     grid: Callable[..., tuple[int, ...]]
     ratio: str
     result: int | None = None

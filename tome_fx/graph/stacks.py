@@ -20,13 +20,12 @@ def matched_calls(graph: fx.Graph, stack: Stack, matching: Matching) -> list[tup
     if not calls:
         return []
     inputs = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
-    names = (stack.image,) if isinstance(stack.image, str) else stack.image
-    for name in names:
+    for name in stack.grid_inputs:
         if name not in inputs:
             raise TransformError(f"expected an input {name}, found {', '.join(inputs)}")
-    image = [inputs[name] for name in names]
+    shown = [inputs[name] for name in stack.grid_inputs]
     with graph.inserting_before(list(inputs.values())[-1].next):
-        grid = graph.call_function(stack.grid, (*image, *stack.grid_arguments))
+        grid = graph.call_function(stack.grid, (*shown, *stack.grid_arguments))
         sides = [graph.call_function(operator.getitem, (grid, side)) for side in range(2 + stack.frames)]
         *before, height, width = sides
         kept = graph.call_function(ops.kept, (height, width, graph.get_attr(stack.ratio)))
@@ -34,8 +33,8 @@ def matched_calls(graph: fx.Graph, stack: Stack, matching: Matching) -> list[tup
     if stack.line is not None:
         function, first = ops.match_along, calls[0]
         with graph.inserting_before(first.node):
-            shown = *image, first.argument(stack.tokens), matching.sx, matching.sy
-            before = [graph.call_function(stack.line, shown)]
+            arguments = *shown, first.argument(stack.tokens), matching.sx, matching.sy
+            before = [graph.call_function(stack.line, arguments)]
         matching = matching.along
     options: dict[str, Any] = {
         "kept": kept,
