@@ -93,6 +93,17 @@ def test_printing_shows_every_site_the_total_and_the_bound() -> None:
     assert f"{report.bound:.3f}x" in text
 
 
+def test_blocks_in_a_row_that_are_alike_are_one_line_with_the_numbers_of_each() -> None:
+    report = tome_fx.explain(tome_fx.transform(sdxl(), max_downsample=8), 32, 32)
+    stack = "mid_block.attentions.0.transformer_blocks"
+    first, *alike = [row for row in report.rows if row.path.startswith(stack)]
+    assert first.flops_after > alike[0].flops_after == alike[-1].flops_after  # which match nothing themselves
+    shown = [line.split() for line in str(report).splitlines() if line.startswith(stack)]
+    assert [line[0] for line in shown] == [f"{stack}.0", f"{stack}.1"]
+    assert shown[1][1:3] == ["-", str(len(alike))]
+    assert [line[-1] for line in shown] == [f"{row.flops_after / 1e9:.3f}" for row in (first, alike[0])]
+
+
 @pytest.mark.parametrize(
     ("side", "whole_grid", "tiles"),
     [

@@ -1,7 +1,8 @@
 """What a transform saves: tokens and FLOPs for each site, and the bound on the speed-up of the whole model."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -61,25 +62,18 @@ class Report:
         return self.flops_before / self.flops_after
 
     def __str__(self) -> str:
-        """The table, with a total and the bound."""
+        """The table, in which blocks in a row that are alike are one line, with a total and the bound."""
         from tabulate import tabulate  # only tables need it
 
         giga = 1e9
-        lines: list[tuple[object, ...]] = [
-            (
-                row.path,
-                f"{row.height} x {row.width}",
-                row.tokens,
-                row.merged or f"0: {row.note}",
-                row.kept,
-                ", ".join(row.scopes),
-                row.flops_before / giga,
-                row.flops_after / giga,
-            )
-            for row in self.rows
-        ]
+        lines: list[tuple[object, ...]] = []
+        for _, (row, *alike) in groupby(self.rows, lambda row: (row.path.rpartition(".")[0], replace(row, path=""))):
+            numbers = f"{row.path} - {alike[-1].path.rpartition('.')[2]}" if alike else row.path
+            grid, merged = f"{row.height} x {row.width}", row.merged or f"0: {row.note}"
+            flops = row.flops_before / giga, row.flops_after / giga
+            lines.append((numbers, grid, row.tokens, merged, row.kept, ", ".join(row.scopes), *flops))
         lines.append(("whole model", *[""] * 5, self.flops_before / giga, self.flops_after / giga))
-        heads = ("site", "grid", "tokens", "merged", "kept", "scopes", "GFLOPs before", "after")
+        heads = ("each site", "grid", "tokens", "merged", "kept", "scopes", "GFLOPs before", "after")
         table = tabulate(lines, heads, floatfmt=".3f", disable_numparse=[1, 3])
         reasons = Counter(row.unweighed for row in self.rows if row.unweighed)
         notes = [f"Not weighed at {count} of {len(self.rows)} sites: {reason}." for reason, count in reasons.items()]
