@@ -4,6 +4,7 @@ a ratio that changes under a compile, and processors and hooks that take merged 
 
 import abc
 import copy
+import functools
 import gc
 import io
 import sys
@@ -335,6 +336,44 @@ def test_a_wrapper_that_goes_on_to_the_block_is_not_taken_for_another_forward(wr
     for transformer in transformers(model).values():
         transformer.transformer_blocks[0] = wrap(transformer.transformer_blocks[0])
     assert relative_error(output(model, arguments), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "cls", [attention.BasicTransformerBlock, transformer_2d.Transformer2DModel, type(two_stages())]
+)
+def test_a_class_that_is_patched_after_a_transform_is_taken_as_it_is_by_the_next(
+    cls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, arguments = two_stages(), inputs(two_stages(), 16, 16)
+    plain, stock = transform(model, 0), cls.forward
+    expected = output(plain, arguments)
+
+    @functools.wraps(stock)
+    def louder(*args: Any, **kwargs: Any) -> Any:
+        found = stock(*args, **kwargs)
+        if isinstance(found, Tensor):
+            return 1.5 * found
+        return (1.5 * found[0],) if isinstance(found, tuple) else type(found)(sample=1.5 * found.sample)
+
+    monkeypatch.setattr(cls, "forward", louder)
+    patched = output(model, arguments)
+    assert not torch.equal(patched, expected)
+    assert torch.equal(output(transform(model, 0), arguments), patched)
+    monkeypatch.undo()
+    assert torch.equal(output(transform(model, 0), arguments), expected)
+
+
+def test_a_forward_that_names_none_of_its_arguments_is_refused_in_words() -> None:
+    class Hidden(attention.BasicTransformerBlock):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    model = copy.deepcopy(two_stages())
+    for block in blocks(model).values():
+        block.__class__ = Hidden
+    message = r"forward of .*Hidden names none of its arguments: .* must name hidden_states, .*functools\.wraps"
+    with pytest.raises(TransformError, match=message):
+        transform(model)
 
 
 class Longer(attention.BasicTransformerBlock):  # type: ignore[misc]

@@ -184,10 +184,13 @@ def assert_same_output(actual: Any, expected: Any) -> None:
         ((torch.zeros(1),), ("tuple", "1d")),
         ([7, 9], ("list", 7, 9)),
         ([7, True], "opaque"),
-        ([], "opaque"),
+        ([], ("list",)),
+        ((), ("tuple",)),
+        (range(2, 4), ("range", 2, 3)),
+        ({7}, ("set", 7)),
     ],
 )
-def test_a_kind_holds_none_bools_keys_ranks_and_numbers_in_lists_and_no_other_value(
+def test_a_kind_holds_none_bools_keys_ranks_and_numbers_in_sequences_and_no_other_value(
     value: Any, expected: Hashable
 ) -> None:
     assert kind(value) == expected

@@ -443,6 +443,13 @@ def test_layers_of_sd3_can_be_skipped(scope: dict[str, Any], skipped: list[int])
         )
 
 
+@pytest.mark.parametrize("skipped", [[], (), range(1, 3), {1}], ids=str)
+@scopes
+def test_layers_of_sd3_to_skip_are_any_numbers_that_can_be_looked_up(scope: dict[str, Any], skipped: Any) -> None:
+    arguments = {**inputs(sd3()), "skip_layers": skipped}
+    assert torch.equal(output(transformed(sd3(), 0, **scope), arguments), output(sd3(), arguments))
+
+
 @supports("IP-Adapter of Flux", "works with a condition", "loaded before transform", group="Diffusion transformers")
 @scopes
 def test_an_image_prompt_of_flux_is_for_merged_tokens_too(scope: dict[str, Any]) -> None:

@@ -74,6 +74,8 @@ class Alias(Rewritten):
 copyreg.pickle(Rewritten, _refuse_pickling)
 copyreg.pickle(Alias, _refuse_pickling)
 
+OF_MANY = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)  # kinds of parameters that name no argument
+
 _classes: dict[Hashable, type[nn.Module]] = {}
 _lock = threading.RLock()
 
@@ -109,6 +111,11 @@ def specialize(
     """
     base: Any = original(type(module))
     structure = Structure.of(module, base, calls, reads, counts, returns)
+    if all(p.kind in OF_MANY for p in structure.parameters):
+        raise TransformError(
+            f"forward of {base.__module__}.{base.__qualname__} names none of its arguments: to be traced it must name "
+            f"{', '.join(example)}, or wrap a forward that does by functools.wraps"
+        )
     kinds = tuple(example.get(p.name, _kind_of_default(p)) for p in structure.parameters)
     signature = kinds, structure.settings(module)
     key = (structure, rewrite, check)
@@ -118,7 +125,7 @@ def specialize(
             cls: Any = _derived(base)
             cls.structure, cls.rewrite, cls.check = structure, staticmethod(rewrite), check and staticmethod(check)
             cls.graph, cls.graphs, cls._methods = graph, {}, {}
-            cls.forward = redecorated(base.forward, structure.function, dispatcher(cls, graph, _method_for))
+            cls.forward = redecorated(structure.forward, structure.function, dispatcher(cls, graph, _method_for))
             _add(cls, signature, graph)
             _classes[key] = cls
         elif signature not in _classes[key].graphs:  # type: ignore[attr-defined]
@@ -137,18 +144,16 @@ def with_own_code(base: type[nn.Module], key: Hashable) -> type[nn.Module]:
         key: Whom the code is for.
     """
     base = _made_of(base) if isinstance(base, Alias) else base
+    forward: Any = base.forward  # a part of the key, for a class can be patched
+    if not isinstance(forward, types.FunctionType):
+        raise TransformError(f"forward of {base.__module__}.{base.__qualname__} must be a function, found {forward!r}")
     with _lock:
-        if (base, key) not in _classes:
+        if (base, forward, key) not in _classes:
             cls: Any = _derived(base, Alias)
-            forward: Any = base.forward
-            if not isinstance(forward, types.FunctionType):
-                raise TransformError(
-                    f"forward of {base.__module__}.{base.__qualname__} must be a function, found {forward!r}"
-                )
             name = f"{forward.__code__.co_name}_{sha256(repr(key).encode()).hexdigest()[:12]}"
             cls.forward = copied(forward, code=forward.__code__.replace(co_name=name))
-            _classes[base, key] = cls
-        return _classes[base, key]
+            _classes[base, forward, key] = cls
+        return _classes[base, forward, key]
 
 
 def original(cls: type[nn.Module]) -> type[nn.Module]:
@@ -235,5 +240,4 @@ def _add(cls: Any, signature: Hashable, graph: fx.Graph) -> None:
 
 def _kind_of_default(parameter: Parameter) -> Hashable:
     """The kind of an argument that is not given."""
-    of_many = parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    return () if of_many else kind(parameter.default)
+    return () if parameter.kind in OF_MANY else kind(parameter.default)

@@ -26,8 +26,8 @@ HALF = " float16"  # what the kind of a tensor of this type ends with, where a f
 def kind(value: Any, half: bool = False) -> Hashable:
     """What a graph depends on in an argument: None and bools whole, the keys of a dict, the rank of a tensor.
 
-    Of a list or a tuple of tensors that of each, after the name of its type; of whole numbers, such as those of layers,
-    themselves. An empty one, or one of anything else, is opaque.
+    Of a list or a tuple of tensors that of each, after the name of its type. Of whole numbers, such as those of layers,
+    themselves, in a set or a range as well. One of anything else is opaque.
 
     Args:
         value: The argument.
@@ -37,7 +37,7 @@ def kind(value: Any, half: bool = False) -> Hashable:
         return value
     if isinstance(value, dict):
         return tuple([(name, kind(item, half)) for name, item in value.items()])
-    if type(value) in (list, tuple) and len(value) > 0:
+    if type(value) in (list, tuple, set, frozenset, range):
         if all(isinstance(item, torch.Tensor) for item in value):
             return (type(value).__name__, *[kind(item, half) for item in value])
         if all(type(item) is int for item in value):
@@ -63,6 +63,7 @@ class Structure:
 
     Args:
         base: The class whose forward is traced.
+        forward: That forward, as it is now: a class can be patched.
         calls: Names of functions to call from the graph, not to trace into: globals of the module of `base.forward`.
         plain: Names of attributes that are None, a bool, an int or a string; their values belong to each kind of call.
         data: Names of lists and dicts of plain values, such as a config, each with itself as JSON. They are taken for
@@ -81,6 +82,7 @@ class Structure:
     """
 
     base: type[nn.Module]
+    forward: Callable[..., Any]
     calls: tuple[str, ...]
     plain: tuple[str, ...]
     data: tuple[tuple[str, str], ...]
@@ -121,6 +123,7 @@ class Structure:
         children = module._modules.items()
         return cls(
             base=base,
+            forward=base.forward,
             calls=calls,
             plain=tuple(plain),
             data=tuple(data.items()),
@@ -146,7 +149,7 @@ class Structure:
     @property
     def function(self) -> Any:
         """The forward itself, out of its decorators."""
-        return inspect.unwrap(self.base.forward)
+        return inspect.unwrap(self.forward)
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
