@@ -124,6 +124,7 @@ def test_a_model_that_cannot_be_transformed_is_refused_in_words(tmp_path: Path, 
     ("text", "message"),
     [
         ("{", "config.json' is not a valid JSON file."),
+        ("[]", "folder must have the config of a model of diffusers, got '{folder}', whose config names none"),
         ("{}", "folder must have the config of a model of diffusers, got '{folder}', whose config names none"),
         ('{"_class_name": "DDIMScheduler"}', "got '{folder}', whose config names DDIMScheduler"),
         ('{"_class_name": "AModelToCome"}', "got '{folder}', whose config names AModelToCome"),
@@ -132,7 +133,7 @@ def test_a_model_that_cannot_be_transformed_is_refused_in_words(tmp_path: Path, 
             "builds no UNet2DConditionModel by the config in {folder}: ValueError: ",
         ),
     ],
-    ids=["no JSON", "no class", "a scheduler", "no class of that name", "a config that fits no model"],
+    ids=["no JSON", "no object", "no class", "a scheduler", "no class of that name", "a config that fits no model"],
 )
 def test_a_folder_without_a_model_is_refused_in_words(text: str, message: str, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "config.json").write_text(text)

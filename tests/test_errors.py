@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -39,6 +40,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"ratio": -0.1}, ValueError, r"ratio must be between 0 and 0\.75.*2 x 2; got -0\.1"),
     ({"ratio": 0.76}, ValueError, r"ratio must be between 0 and 0\.75.*2 x 2; got 0\.76"),
     ({"ratio": 0.84, "sx": 3}, ValueError, r"ratio must be between 0 and 0\.8333.*3 x 2; got 0\.84"),
+    ({"ratio": 0.8889, "sx": 3, "sy": 3}, ValueError, r"ratio must be between 0 and 0\.8888, .*3 x 3; got 0\.8889"),
     ({"ratio": 50}, ValueError, r"ratio must be between 0 and 0\.75.*got 50"),
     ({"ratio": math.nan}, ValueError, r"ratio must be between 0 and 0\.75.*got nan"),
     ({"ratio": math.inf}, ValueError, r"ratio must be between 0 and 0\.75.*got inf"),
@@ -53,6 +55,11 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tile": 2.0}, TypeError, r"tile must be an int or None, got 2\.0 of type float"),
     ({"max_downsample": 2.0}, TypeError, r"max_downsample must be an int or None or 'finest', got 2\.0 of type float"),
     ({"max_downsample": True}, TypeError, r"max_downsample must be an int or None or 'finest', got True of type bool"),
+    (
+        {"max_downsample": np.array([1, 2])},
+        TypeError,
+        r"max_downsample must be an int or None or 'finest', got array\(\[1, 2\]\) of type ndarray",
+    ),
     ({"sx": 0}, ValueError, r"sx must be at least 1 token, got 0"),
     ({"sy": -2}, ValueError, r"sy must be at least 1 token, got -2"),
     ({"sx": 2.0}, TypeError, r"sx must be an int, got 2\.0 of type float"),
@@ -207,7 +214,7 @@ def test_levels_that_hold_no_block_are_an_error() -> None:
 
 @compiles
 @pytest.mark.supports(
-    "Optional inputs", "attention_mask", "works with a condition", "merge_attn=False, or a ratio of 0"
+    "Optional inputs", "attention_mask", "works with a condition", "merge_attn=False, or a static ratio of 0"
 )
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_mask_over_merged_tokens_is_an_error_when_called(compiled: bool) -> None:
@@ -234,7 +241,7 @@ def test_chunks_that_do_not_divide_merged_tokens_are_diffusers_error() -> None:
 
 
 @pytest.mark.supports(
-    "Optional inputs", "attention_mask", "works with a condition", "merge_attn=False, or a ratio of 0"
+    "Optional inputs", "attention_mask", "works with a condition", "merge_attn=False, or a static ratio of 0"
 )
 def test_ratio_0_serves_a_mask_as_the_original_does() -> None:
     tokens = one_stage()

@@ -181,6 +181,12 @@ def test_a_video_whose_sides_are_not_those_of_its_tokens_is_an_error_in_words() 
         ops.match_frames(tokens(1, 60), 3, 4, 4, kept=8, **options)
 
 
+def test_a_line_that_is_not_of_the_tokens_is_an_error_in_words() -> None:
+    line, options = torch.arange(72), {"kept": 36, "sx": 2, "sy": 1, "seed": None}
+    with pytest.raises(ValueError, match="64 tokens are not those of the places of 72 that the model is given"):
+        ops.match_along(tokens(1, 64), line, 1, 72, **options)  # type: ignore[arg-type]
+
+
 def test_text_before_the_grid_is_alone_in_its_slots() -> None:
     x, text = tokens(2, 64), tokens(2, 5) + 1
     found = ops.match(x, 8, 8, kept=20, sx=2, sy=2, seed=3)

@@ -214,6 +214,12 @@ def test_an_image_that_was_cut_short_is_told_of_by_the_next_one_and_start_mends_
     assert torch.equal(image(pipe, callback_on_step_end=schedule), whole_image)
 
 
+def test_a_dynamic_ratio_may_be_a_sum_that_falls_short_of_thousandths() -> None:
+    pipe = pipeline(transform(one_block(), dynamic_ratio=True))
+    image(pipe, callback_on_step_end=RatioSchedule({0: 0.1 + 0.2, 0.5: 1 - 0.9}, pipe.unet))
+    assert plan_of(pipe.unet).ratio == 0.3  # and the image that it began at
+
+
 def test_a_model_that_the_pipeline_no_longer_uses_is_told_of() -> None:
     pipe = pipeline(transform(one_block(), ratio=0.5))
     schedule = RatioSchedule(STAGES, pipe.unet)

@@ -120,6 +120,23 @@ def test_what_cannot_be_drawn_is_refused_in_words(make: Any, message: str) -> No
         mapped(*make())
 
 
+@pytest.mark.parametrize(
+    ("pipe", "given", "message"),
+    [
+        (None, {}, "pipe must be a pipeline of diffusers, got None of type NoneType"),
+        (
+            pipeline(one_stage())[0],
+            {"output_type": "latent"},
+            "output_type must be left out, for images are drawn; got 'latent'",
+        ),
+    ],
+    ids=["no pipeline", "an output type"],
+)
+def test_what_a_map_is_not_made_of_is_an_error_that_names_it(pipe: Any, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        viz.merge_map(pipe, "a prompt", **given)
+
+
 def test_a_pipeline_that_makes_no_images_is_refused_in_words() -> None:
     pipe, call = pipeline(tome_fx.transform(one_stage(), 0.5))
     with pytest.raises(tome_fx.TransformError, match="StableDiffusionPipeline has made no images"):

@@ -60,9 +60,10 @@ class Plan:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
             raise TypeError(f"ratio must be a number, got {self.ratio!r} of type {type(self.ratio).__name__}")
         highest = 1 - 1 / (self.sx * self.sy)
+        shown = math.floor(highest * 10**4) / 10**4  # rounded to the nearest it might be one that is refused
         if not 0 <= self.ratio <= highest:  # NaN fails every comparison, so it ends here as well
             raise ValueError(
-                f"ratio must be between 0 and {highest:.4g}, the share of sources at a stride of "
+                f"ratio must be between 0 and {shown}, the share of sources at a stride of "
                 f"{self.sx} x {self.sy}; got {self.ratio}"
             )
         least = max(self.sx, self.sy)
@@ -72,7 +73,8 @@ class Plan:
                 f"got {self.tile}"
             )
         asked, words = self.max_downsample, f"None or {FINEST!r}"
-        if asked not in (None, FINEST) and integer("max_downsample", asked, or_else=words) not in DOWNSAMPLES:
+        named = asked is None or (isinstance(asked, str) and asked == FINEST)
+        if not named and integer("max_downsample", asked, or_else=words) not in DOWNSAMPLES:
             raise ValueError(f"max_downsample must be None, {FINEST!r} or one of {DOWNSAMPLES}, got {asked}")
         for name in ("use_rand", *PARTS, "merge_queries", "merge_block", "share_match", "dynamic_ratio"):
             if not isinstance(getattr(self, name), bool):
@@ -83,8 +85,13 @@ class Plan:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
         if self.seed and not self.use_rand:
             raise ValueError(f"seed={self.seed} does nothing with use_rand=False; leave it at 0")
-        if self.dynamic_ratio and abs(round(self.ratio, 3) - self.ratio) > 1e-9:  # 0.1 + 0.2 is meant to be 0.3
-            raise ValueError(f"ratio must be a whole number of thousandths with dynamic_ratio=True, got {self.ratio}")
+        if self.dynamic_ratio:
+            thousandths = round(self.ratio * THOUSAND) / THOUSAND
+            if abs(thousandths - self.ratio) > 1e-9:
+                raise ValueError(
+                    f"ratio must be a whole number of thousandths with dynamic_ratio=True, got {self.ratio}"
+                )
+            object.__setattr__(self, "ratio", thousandths)  # 0.1 + 0.2 is meant to be 0.3
         if self.merge_block:
             self._refuse_parts_of_a_block()
         elif not any(getattr(self, part) for part in PARTS):

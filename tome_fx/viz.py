@@ -42,6 +42,7 @@ def merge_map(pipe: Any, *args: Any, model: nn.Module | None = None, **kwargs: A
 
     Raises:
         ImportError: There is no matplotlib.
+        TypeError: `pipe` is no pipeline, or `output_type` is given.
         TransformError: No model is transformed or several are, the model is compiled, its blocks are handed no slot
             map (with `merge_block=True`, or at a ratio of 0), its tokens are not those of one image (with a second
             picture to edit), or the pipeline makes no images.
@@ -49,6 +50,10 @@ def merge_map(pipe: Any, *args: Any, model: nn.Module | None = None, **kwargs: A
     Source: the figures of Bolya and Hoffman, "Token Merging for Fast Stable Diffusion" (2023).
     """
     _figure_class()  # an image takes long
+    if not callable(pipe) or isinstance(pipe, nn.Module):
+        raise TypeError(f"pipe must be a pipeline of diffusers, got {pipe!r} of type {type(pipe).__name__}")
+    if "output_type" in kwargs:
+        raise TypeError(f"output_type must be left out, for images are drawn; got {kwargs['output_type']!r}")
     with recorded_slots(_transformed_part(pipe) if model is None else model) as recorded:
         images = getattr(pipe(*args, output_type="pt", **kwargs), "images", None)
     if images is None:

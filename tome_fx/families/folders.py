@@ -31,7 +31,7 @@ def from_folder(folder: str | os.PathLike[str]) -> nn.Module:
         TransformError: diffusers cannot build the model that the config describes.
     """
     config = _config_in(folder)
-    name = config.get("_class_name")
+    name = config.get("_class_name") if isinstance(config, dict) else None
     cls: Any = getattr(diffusers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(
@@ -47,11 +47,12 @@ def from_folder(folder: str | os.PathLike[str]) -> nn.Module:
         ) from error
 
 
-def _config_in(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def _config_in(folder: str | os.PathLike[str]) -> Any:
+    """What the JSON has that is found first."""
     reasons = []
     for part in PARTS:
         try:
-            return _Config.load_config(folder, subfolder=part, local_files_only=True)  # type: ignore[no-any-return]
+            return _Config.load_config(folder, subfolder=part, local_files_only=True)
         except OSError as error:
             reasons.append(str(error))
     why = f": {' '.join(dict.fromkeys(reasons))}" if os.path.exists(folder) else ""

@@ -69,7 +69,15 @@ def match_along(
         tokens: `[B, N, C]`.
         line: int64 `[N]`, the tokens in the row-major order of the grid.
         height, width, kept, sx, sy, seed, tile: Of `match`.
+
+    Raises:
+        ValueError: N is another number than the line has, or the batch is empty.
     """
+    if kept is not None and tokens.shape[1] != line.shape[0]:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens are not those of the places of {line.shape[0]} that the model is given: give "
+            "the true ones, or merge nothing by ratio=0"
+        )
     slots = match(tokens.detach()[:, line], height, width, kept=kept, sx=sx, sy=sy, seed=seed, tile=tile)
     if slots is None:
         return None

@@ -110,10 +110,10 @@ class RatioSchedule:
                     f"the schedule's {type(inner).__name__} is no part of this {type(pipe).__name__}: make the "
                     "schedule for the models that the pipeline has now"
                 )
-            found = merging.plan.ratio
-            if found != first:
+            found, begins = merging.plan.ratio, replace(merging.plan, ratio=first).ratio
+            if found != begins:
                 raise TransformError(
-                    f"the image began at a ratio of {found}, and its schedule begins at {first}: call schedule.start() "
+                    f"the image began at a ratio of {found}, and its schedule begins at {begins}: call schedule.start() "
                     "after an image that was cut short or a change of the ratio"
                 )
 
