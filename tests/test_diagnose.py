@@ -16,6 +16,7 @@ from support.models import blocks, inputs, one_block, one_stage, two_stages
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
+from torch.torch_version import TorchVersion
 
 from tome_fx import Diagnosis, Finding, TransformError, diagnose, set_ratio, transform
 from tome_fx.tools.diagnose import _fallbacks, _recompile
@@ -237,6 +238,16 @@ def test_calls_of_aten_are_found_in_generated_code_under_the_names_that_inductor
     code = "buf1 = torch.ops.aten.sort.stable(buf0)\n  aten.addmm(buf1, buf0)  # aten.sort(\nextern_kernels.mm(buf0)"
     assert _fallbacks([code]) == {"sort": 1}
     assert _fallbacks(["aten.scatter_(buf)", "torch.ops.aten.gather.default(buf)"]) == {"scatter_": 1, "gather": 1}
+
+
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.12", reason="before torch 2.12 dynamo leaves out the words")
+def test_a_call_that_is_refused_is_told_in_the_words_of_the_refusal() -> None:
+    model = transform(one_block(), ratio=0.5)
+    found = diagnose(quick(model, fullgraph=True), **inputs(model, 16, 16), attention_mask=torch.ones(2, 256))
+    (broken,) = found.breaks
+    assert broken.what.startswith("TransformError: attention_mask was given to attn1, whose tokens are merged")
+    assert broken.what.endswith("merge nothing by ratio=0")
+    assert broken.advice == "mend what it says: the model raises it without torch.compile as well"
 
 
 def test_a_break_that_fullgraph_does_not_allow_is_told_like_one_that_is_allowed() -> None:

@@ -186,7 +186,10 @@ def _first_recompile(reason: str, ids: frozenset[str | None], whole: bool) -> Fi
 
 
 def _break(reason: str, times: int) -> Finding:
-    """With dynamo's own hint, where it gives one."""
+    """With dynamo's own hint, where it gives one; of an error that the model raises that error."""
+    if raised := re.search(r"raised exception (\w+)\((['\"])(.+)\2\)$", reason, re.MULTILINE):
+        advice = "mend what it says: the model raises it without torch.compile as well"
+        return Finding(f"{raised[1]}: {raised[3]}", advice, times)
     hint = re.search(r"Hint: (.+)", reason)
     advice = hint[1].rstrip(".") if hint else "compile with fullgraph=True to be shown the line of code"
     return Finding(reason.strip().splitlines()[0].strip(), advice, times)

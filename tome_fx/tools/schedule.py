@@ -113,8 +113,8 @@ class RatioSchedule:
             found, begins = merging.plan.ratio, replace(merging.plan, ratio=first).ratio
             if found != begins:
                 raise TransformError(
-                    f"the image began at a ratio of {found}, and its schedule begins at {begins}: call schedule.start() "
-                    "after an image that was cut short or a change of the ratio"
+                    f"the image began at a ratio of {found}, and its schedule begins at {begins}: call "
+                    "schedule.start() after an image that was cut short or a change of the ratio"
                 )
 
     def _set(self, ratio: float) -> None:
