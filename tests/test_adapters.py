@@ -303,7 +303,7 @@ def assert_acts_as_in_the_stock_model(case: Case, place: int, **options: Any) ->
 
 
 @given("return_dict")
-@everywhere(CASES)
+@everywhere(CASES, fast=("loras", "lora-scale", "ip-adapter", "gligen", "freeu", "processors", "mask", "residuals"))
 def test_wherever_the_transform_comes_it_acts_as_in_the_stock_model(case: Case, place: int) -> None:
     assert_acts_as_in_the_stock_model(case, place)
 
@@ -446,7 +446,7 @@ def test_xformers_gives_what_it_gives_in_the_stock_model(place: int) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@everywhere(CASES | {"qkv": UNDONE["qkv"]}, ends=True, fast=("lora-scale",))
+@everywhere(CASES | {"qkv": UNDONE["qkv"]}, ends=True, fast=("mask",))
 def test_compiled_it_is_one_graph_that_gives_what_eager_gives(case: Case, place: int) -> None:
     result, arguments = case.unet(place), case.arguments()
     compiled = torch.compile(result, backend="eager", fullgraph=True)

@@ -114,12 +114,12 @@ def _a_stage_and_a_block_within(model: Any) -> None:
     "compile_it",
     [
         _whole_by_its_own_method,
-        _its_forward,
         _its_forward_with_a_hook_around,
-        _one_block_of_it,
-        _a_stage_by_its_own_method,
-        _a_stage_replaced,
         _a_stage_and_a_block_within,
+        *(
+            pytest.param(way, marks=pytest.mark.slow)
+            for way in (_its_forward, _one_block_of_it, _a_stage_by_its_own_method, _a_stage_replaced)
+        ),
     ],
 )
 def test_a_model_is_compiled_in_whatever_way_it_was_done(compile_it: Callable[[Any], None]) -> None:
@@ -287,6 +287,7 @@ def test_a_model_that_runs_eagerly_is_found_to() -> None:
     assert "Parts of the model that ran eagerly: 1.\n  What to do: see that torch.compile is not disabled" in str(found)
 
 
+@pytest.mark.slow
 def test_blocks_that_dynamo_has_given_up_on_are_found_to_run_eagerly() -> None:
     model = transform(one_stage(), ratio=0.5)
     model.compile_repeated_blocks(backend="eager", dynamic=False)

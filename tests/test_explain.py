@@ -154,7 +154,9 @@ def test_bad_input_is_named(arguments: tuple[Any, ...], error: type[Exception], 
         tome_fx.explain(*arguments)
 
 
-@pytest.mark.parametrize("how", ["wrapped", "in place", "by blocks"])
+@pytest.mark.parametrize(
+    "how", ["wrapped", *(pytest.param(h, marks=pytest.mark.slow) for h in ("in place", "by blocks"))]
+)
 def test_a_compiled_model_is_explained_like_one_that_is_not(how: str) -> None:
     model = tome_fx.transform(sd15())
     expected = tome_fx.explain(model, 16, 16)
@@ -534,7 +536,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+QUICK = ("classes", "projected text", "added text and image", "few added numbers")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+)
 def test_what_the_config_asks_for_is_given_and_counted(name: str) -> None:
     unet = made(**CONFIGS[name])
     model = tome_fx.transform(unet)

@@ -469,7 +469,7 @@ def test_a_checkpointing_function_of_the_users_is_given_the_block_itself(build: 
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("compiled", [whole, in_place])
+@pytest.mark.parametrize("compiled", [whole, pytest.param(in_place, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dynamic_ratio", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_ratio_set_while_another_thread_compiles_takes_effect_after_it(
     dynamic_ratio: bool, compiled: Callable[..., Any]

@@ -225,8 +225,9 @@ def test_half_of_the_tokens_reach_attention_at_the_finest_level_over_images_and_
         assert not ours
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("case", cases(fast=("text",)))
+@pytest.mark.parametrize("case", cases())
 def test_a_compiled_pipeline_makes_the_same_of_as_many_graphs_as_the_stock_one(case: Case, counter: Any) -> None:
     def compiled(change: Change) -> tuple[Tensor, int]:
         torch._dynamo.reset()  # no graph of one counts for the other

@@ -287,6 +287,7 @@ def test_an_image_that_is_no_number_leaves_the_others_of_its_batch_alone(
 # ------------------------------------------------------------------------------------------------ leaks
 
 
+@pytest.mark.slow
 @holds("Freeing what is dropped", "works with a condition", "classes and code of each plan stay")
 def test_what_is_dropped_is_freed(request: pytest.FixtureRequest) -> None:
     model = two_stages()

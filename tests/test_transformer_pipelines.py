@@ -382,13 +382,14 @@ def test_the_lora_verbs_of_a_pipeline_act_on_a_transformed_model_as_on_a_stock_o
     assert relative_error(found["unloaded"], plain) < 1e-5  # weights were fused into, and that taken out again
 
 
+@pytest.mark.slow
 @supports("LoRA hotswap", WORKS, group="Adapters")
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(
     "name, scope, loaded",
     [
         pytest.param("flux", {"merge_block": True}, False, id="new-blocks-flux"),
-        pytest.param("sd3", {"merge_block": False}, True, id="loaded-attention-sd3", marks=pytest.mark.slow),
+        pytest.param("sd3", {"merge_block": False}, True, id="loaded-attention-sd3"),
     ],
 )
 def test_a_lora_is_swapped_for_another_in_a_compiled_model_without_a_recompile(

@@ -609,7 +609,7 @@ def test_a_dynamic_ratio_is_one_compile(scope: dict[str, Any], name: str, fresh_
 
 @supports("compile_repeated_blocks, where diffusers names them", "works", group="Diffusion transformers")
 @pytest.mark.parametrize(
-    "name", ["flux", "qwen", *[pytest.param(m, marks=pytest.mark.slow) for m in ("chroma", "flux2", "wan", "ltx")]]
+    "name", ["flux", *[pytest.param(m, marks=pytest.mark.slow) for m in ("qwen", "chroma", "flux2", "wan", "ltx")]]
 )
 @scopes
 def test_compiled_by_blocks_a_model_has_no_more_graphs_than_the_original(
