@@ -67,8 +67,9 @@ class Task:
     rounds: int = 10
 
 
-# What eager attention writes out is beyond a laptop's memory where images are large
+# What attention writes out is beyond a laptop's memory where images are large, and nobody runs it so today
 FUSED = tuple(name for name, run in RUNS.items() if run.fused)
+# What a second dtype is shown by: stock, ours and peers, eager and compiled, and the floor
 FEW = ("sdpa", "tomesd+sdpa", "compile", "tome_fx", "tome_fx+compile", "oracle+compile", "todo+compile")
 COMPILED = ("compile", "tome_fx+compile", "tome_fx+blocks+compile")
 ALL_OF_A_GPU = ("sdpa", "tomesd+sdpa", "v0.1+compile", *COMPILED, "tome_fx+kv+compile", "oracle+compile")
@@ -81,8 +82,8 @@ def suite(name: str, device: str) -> list[Task]:
         return [Task(Cell("tiny", 256, device=device), ("sdpa", "compile", "tome_fx", "tome_fx+compile"), 3)]
     if name == "cpu":
         return [
-            Task(Cell(name, side, dtype=dtype, guidance=False), rows, rounds)
-            for name, of_sides in (("tiny", (6, 6, 6)), ("sd15", (6, 4, 3)))
+            Task(Cell(model, side, dtype=dtype, guidance=False), rows, rounds)
+            for model, of_sides in (("tiny", (6, 6, 6)), ("sd15", (6, 4, 3)))
             for dtype, rows in (("fp32", FUSED), ("bf16", FEW))
             for side, rounds in zip((512, 768, 1024), of_sides, strict=True)
         ]

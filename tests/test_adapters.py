@@ -278,15 +278,17 @@ UNDONE: dict[str, Any] = {
 def everywhere(cases: dict[str, Any], ends: bool = False, fast: tuple[str, ...] = ()) -> pytest.MarkDecorator:
     """Each case with each place for the transform among its steps, or with the first and the last only.
 
-    Where some are named fast, the others are slow.
+    Where some are named fast, by themselves or with a place, the others are slow.
     """
     rows = [(name, place) for name, (case, *_) in cases.items() for place in range(len(case.steps) + 1)]
     if ends:
         rows = [(name, place) for name, place in rows if place in (0, len(cases[name][0].steps))]
-    marks = {
-        name: (*rest, *([pytest.mark.slow] if fast and name not in fast else [])) for name, (_, *rest) in cases.items()
-    }
-    parameters = [pytest.param(cases[n][0], place, id=f"{n}-{place}", marks=marks[n]) for n, place in rows]
+    parameters = []
+    for name, place in rows:
+        case, *marks = cases[name]
+        if fast and not {name, f"{name}-{place}"} & set(fast):
+            marks.append(pytest.mark.slow)
+        parameters.append(pytest.param(case, place, id=f"{name}-{place}", marks=marks))
     return pytest.mark.parametrize("case, place", parameters)
 
 
@@ -446,7 +448,7 @@ def test_xformers_gives_what_it_gives_in_the_stock_model(place: int) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@everywhere(CASES | {"qkv": UNDONE["qkv"]}, ends=True, fast=("mask",))
+@everywhere(CASES | {"qkv": UNDONE["qkv"]}, ends=True, fast=("lora-scale-1",))
 def test_compiled_it_is_one_graph_that_gives_what_eager_gives(case: Case, place: int) -> None:
     result, arguments = case.unet(place), case.arguments()
     compiled = torch.compile(result, backend="eager", fullgraph=True)

@@ -149,7 +149,7 @@ def test_an_optional_input_that_is_first_met_while_compiling_leaves_merging_in_p
 
 @pytest.mark.parametrize(
     "options",
-    [{}, *(pytest.param(options, marks=pytest.mark.slow) for options in ({"max_downsample": 2}, EVERYTHING))],
+    [{}, pytest.param({"max_downsample": 2}, marks=pytest.mark.slow), EVERYTHING],
     ids=["defaults", "two", "everything"],
 )
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch._inductor.utils import fresh_cache
 from torch.torch_version import TorchVersion
 
 from tome_fx import Diagnosis, Finding, TransformError, diagnose, set_ratio, transform
-from tome_fx.tools.diagnose import _fallbacks, _recompile
+from tome_fx.tools.diagnose import CALL_EAGERLY, _break, _fallbacks, _recompile
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -115,10 +115,11 @@ def _a_stage_and_a_block_within(model: Any) -> None:
     [
         _whole_by_its_own_method,
         _its_forward_with_a_hook_around,
+        _a_stage_replaced,
         _a_stage_and_a_block_within,
         *(
             pytest.param(way, marks=pytest.mark.slow)
-            for way in (_its_forward, _one_block_of_it, _a_stage_by_its_own_method, _a_stage_replaced)
+            for way in (_its_forward, _one_block_of_it, _a_stage_by_its_own_method)
         ),
     ],
 )
@@ -246,8 +247,21 @@ def test_a_call_that_is_refused_is_told_in_the_words_of_the_refusal() -> None:
     found = diagnose(quick(model, fullgraph=True), **inputs(model, 16, 16), attention_mask=torch.ones(2, 256))
     (broken,) = found.breaks
     assert broken.what.startswith("TransformError: attention_mask was given to attn1, whose tokens are merged")
-    assert broken.what.endswith("merge nothing by ratio=0")
-    assert broken.advice == "mend what it says: the model raises it without torch.compile as well"
+    assert broken.what.endswith("merge nothing, by ratio=0 and not dynamic_ratio")
+    assert broken.advice == CALL_EAGERLY
+
+
+@pytest.mark.parametrize(
+    ("raised", "what"),
+    [
+        (ValueError('a\'s "b"'), 'ValueError: a\'s "b"'),
+        (RuntimeError("x", "y"), "RuntimeError: ('x', 'y')"),
+        (KeyError(Ellipsis), "Observed exception"),
+    ],
+)
+def test_what_is_raised_is_told_in_its_own_words_if_dynamo_tells_them(raised: Exception, what: str) -> None:
+    found = _break(f"Observed exception\n  Hint: Try.\n\n  Developer debug context: raised exception {raised!r}\n\n", 1)
+    assert found == Finding(what, "Try" if what == "Observed exception" else CALL_EAGERLY)
 
 
 def test_a_break_that_fullgraph_does_not_allow_is_told_like_one_that_is_allowed() -> None:

@@ -101,6 +101,8 @@ def test_blocks_in_a_row_that_are_alike_are_one_line_with_the_numbers_of_each() 
     shown = [line.split() for line in str(report).splitlines() if line.startswith(stack)]
     assert [line[0] for line in shown] == [f"{stack}.0", f"{stack}.1"]
     assert shown[1][1:3] == ["-", str(len(alike))]
+    assert "A line of several blocks has the numbers of each." in str(report)
+    assert "several blocks" not in str(tome_fx.explain(tome_fx.transform(sd15()), 16, 16))
     assert [line[-1] for line in shown] == [f"{row.flops_after / 1e9:.3f}" for row in (first, alike[0])]
 
 
@@ -536,7 +538,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-QUICK = ("classes", "projected text", "added text and image", "few added numbers")
+QUICK = ("no prompt", "classes", "guidance scale", "projected text", "added text and image", "added hint")
 
 
 @pytest.mark.parametrize(

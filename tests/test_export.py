@@ -62,7 +62,7 @@ def test_an_exported_model_may_have_dynamic_sizes(strict: bool) -> None:
             assert torch.equal(program(*args, **kwargs)[0], model(*args, **kwargs)[0])
 
 
-@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_model_with_a_dynamic_ratio_has_the_one_it_was_exported_at(strict: bool) -> None:
     model = transform(one_block(), ratio=0.5, dynamic_ratio=True)
     set_ratio(model, 0.25)

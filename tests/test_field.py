@@ -363,6 +363,27 @@ def test_a_class_that_is_patched_after_a_transform_is_taken_as_it_is_by_the_next
     assert torch.equal(output(transform(model, 0), arguments), expected)
 
 
+def test_a_model_keeps_the_forward_that_it_was_transformed_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, arguments, cls = transform(two_stages(), 0), inputs(two_stages(), 16, 16), UNet2DConditionModel
+    expected, stock = output(model, arguments), cls.forward
+    monkeypatch.setattr(cls, "forward", lambda *args, **kwargs: [1.5 * stock(*args, **kwargs)[0]])
+    for ratio in (0.5, 0):
+        set_ratio(model, ratio)
+    assert torch.equal(output(model, arguments), expected)
+
+
+def test_a_method_that_is_patched_after_a_transform_is_taken_as_it_is_by_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cls, name = transformer_2d.Transformer2DModel, "_get_output_for_continuous_inputs"
+    model, arguments, stock = two_stages(), inputs(two_stages(), 16, 16), getattr(cls, name)
+    expected = output(transform(model, 0), arguments)
+    monkeypatch.setattr(cls, name, lambda *args, **kwargs: 1.5 * stock(*args, **kwargs))
+    patched = output(model, arguments)
+    assert not torch.equal(patched, expected)
+    assert torch.equal(output(transform(model, 0), arguments), patched)
+
+
 def test_a_forward_that_names_none_of_its_arguments_is_refused_in_words() -> None:
     class Hidden(attention.BasicTransformerBlock):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:

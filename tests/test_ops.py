@@ -675,8 +675,7 @@ def site_of_any_size(image: Tensor, ratio: str | Tensor, tile: int | None) -> tu
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.slow
-@pytest.mark.parametrize("tile", [None, 16])
+@pytest.mark.parametrize("tile", [pytest.param(None, marks=pytest.mark.slow), 16])
 def test_one_graph_serves_all_sizes_those_of_one_tile_and_of_several(tile: int | None, counter: Any) -> None:
     compiled = torch.compile(site_of_any_size, backend=counter, fullgraph=True, dynamic=True)
     for height, width in ((16, 20), (7, 9), (33, 47)):

@@ -183,7 +183,7 @@ def test_a_video_whose_sides_are_not_those_of_its_tokens_is_an_error_in_words() 
 
 def test_a_line_that_is_not_of_the_tokens_is_an_error_in_words() -> None:
     line, options = torch.arange(72), {"kept": 36, "sx": 2, "sy": 1, "seed": None}
-    with pytest.raises(ValueError, match="64 tokens are not those of the places of 72 that the model is given"):
+    with pytest.raises(ValueError, match="64 tokens, but the model is given the places of 72: give"):
         ops.match_along(tokens(1, 64), line, 1, 72, **options)  # type: ignore[arg-type]
 
 

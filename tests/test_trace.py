@@ -187,7 +187,8 @@ def assert_same_output(actual: Any, expected: Any) -> None:
         ([], ("list",)),
         ((), ("tuple",)),
         (range(2, 4), ("range", 2, 3)),
-        ({7}, ("set", 7)),
+        ({9, 7}, ("set", 7, 9)),
+        ({torch.zeros(1)}, "opaque"),
     ],
 )
 def test_a_kind_holds_none_bools_keys_ranks_and_numbers_in_sequences_and_no_other_value(

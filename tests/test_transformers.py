@@ -448,6 +448,8 @@ def test_layers_of_sd3_can_be_skipped(scope: dict[str, Any], skipped: list[int])
 def test_layers_of_sd3_to_skip_are_any_numbers_that_can_be_looked_up(scope: dict[str, Any], skipped: Any) -> None:
     arguments = {**inputs(sd3()), "skip_layers": skipped}
     assert torch.equal(output(transformed(sd3(), 0, **scope), arguments), output(sd3(), arguments))
+    merged = transformed(sd3(), **scope)
+    assert torch.equal(output(merged, arguments), output(merged, {**arguments, "skip_layers": list(skipped)}))
 
 
 @supports("IP-Adapter of Flux", "works with a condition", "loaded before transform", group="Diffusion transformers")

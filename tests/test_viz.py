@@ -123,14 +123,15 @@ def test_what_cannot_be_drawn_is_refused_in_words(make: Any, message: str) -> No
 @pytest.mark.parametrize(
     ("pipe", "given", "message"),
     [
-        (None, {}, "pipe must be a pipeline of diffusers, got None of type NoneType"),
+        (None, {}, "^pipe must be a pipeline of diffusers, got a NoneType$"),
+        (one_stage(), {}, "^pipe must be a pipeline of diffusers, got a UNet2DConditionModel$"),
         (
             pipeline(one_stage())[0],
             {"output_type": "latent"},
             "output_type must be left out, for images are drawn; got 'latent'",
         ),
     ],
-    ids=["no pipeline", "an output type"],
+    ids=["nothing", "a model", "an output type"],
 )
 def test_what_a_map_is_not_made_of_is_an_error_that_names_it(pipe: Any, given: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):

@@ -91,7 +91,8 @@ class Plan:
                 raise ValueError(
                     f"ratio must be a whole number of thousandths with dynamic_ratio=True, got {self.ratio}"
                 )
-            object.__setattr__(self, "ratio", thousandths)  # 0.1 + 0.2 is meant to be 0.3
+            if thousandths != self.ratio:
+                object.__setattr__(self, "ratio", thousandths)  # 0.1 + 0.2 is meant to be 0.3
         if self.merge_block:
             self._refuse_parts_of_a_block()
         elif not any(getattr(self, part) for part in PARTS):

@@ -51,7 +51,7 @@ def merge_map(pipe: Any, *args: Any, model: nn.Module | None = None, **kwargs: A
     """
     _figure_class()  # an image takes long
     if not callable(pipe) or isinstance(pipe, nn.Module):
-        raise TypeError(f"pipe must be a pipeline of diffusers, got {pipe!r} of type {type(pipe).__name__}")
+        raise TypeError(f"pipe must be a pipeline of diffusers, got a {type(pipe).__name__}")
     if "output_type" in kwargs:
         raise TypeError(f"output_type must be left out, for images are drawn; got {kwargs['output_type']!r}")
     with recorded_slots(_transformed_part(pipe) if model is None else model) as recorded:

@@ -423,7 +423,6 @@ def test_a_run_on_the_cpu_names_no_gpu(monkeypatch: Any) -> None:
     assert documents.machine("cuda")["gpu"] == "a GPU"
 
 
-@pytest.mark.slow
 def test_precision_batch_and_size_are_the_users_and_are_told(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     quality.add_arguments(parser)

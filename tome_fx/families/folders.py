@@ -48,7 +48,7 @@ def from_folder(folder: str | os.PathLike[str]) -> nn.Module:
 
 
 def _config_in(folder: str | os.PathLike[str]) -> Any:
-    """What the JSON has that is found first."""
+    """The first config that is found, which may hold any JSON."""
     reasons = []
     for part in PARTS:
         try:

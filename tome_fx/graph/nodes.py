@@ -45,8 +45,8 @@ def refused_if_merged(
     if value is not None and slots is not None:
         raise TransformError(
             f"{name} was given to {module}, whose tokens are merged ({option}=True): it has an entry for every image "
-            f"token, and merged tokens are fewer. Leave {name} out, transform with {option}=False where the model has "
-            "that, or merge nothing by ratio=0"
+            f"token, and merged tokens are fewer. Leave {name} out, transform with {option}=False where the model "
+            "takes that, or merge nothing, by ratio=0 and not dynamic_ratio"
         )
     return argument
 

@@ -107,7 +107,8 @@ def specialize(
         check: Called before each forward with the module and the inputs that the pass added. Hashable as well.
 
     Raises:
-        TransformError: From the trace or the pass, where it cannot serve the example.
+        TransformError: From the trace or the pass, where it cannot serve the example; or the forward names none of its
+            arguments.
     """
     base: Any = original(type(module))
     structure = Structure.of(module, base, calls, reads, counts, returns)
@@ -140,11 +141,14 @@ def with_own_code(base: type[nn.Module], key: Hashable) -> type[nn.Module]:
     dynamic.
 
     Args:
-        base: The class, or what this has made of it for another key.
+        base: The class, or what this has made of it for another key, which has the forward that was copied for that.
         key: Whom the code is for.
+
+    Raises:
+        TransformError: What the class has for a forward is no function.
     """
+    forward: Any = vars(base).get("copied", base.forward)
     base = _made_of(base) if isinstance(base, Alias) else base
-    forward: Any = base.forward  # a part of the key, for a class can be patched
     if not isinstance(forward, types.FunctionType):
         raise TransformError(f"forward of {base.__module__}.{base.__qualname__} must be a function, found {forward!r}")
     with _lock:
@@ -152,7 +156,8 @@ def with_own_code(base: type[nn.Module], key: Hashable) -> type[nn.Module]:
             cls: Any = _derived(base, Alias)
             name = f"{forward.__code__.co_name}_{sha256(repr(key).encode()).hexdigest()[:12]}"
             cls.forward = copied(forward, code=forward.__code__.replace(co_name=name))
-            _classes[base, forward, key] = cls
+            cls.copied = forward
+            _classes[base, forward, key] = cls  # by the forward too, for a class can be patched
         return _classes[base, forward, key]
 
 

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from inspect import Parameter
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ HALF = " float16"  # what the kind of a tensor of this type ends with, where a f
 def kind(value: Any, half: bool = False) -> Hashable:
     """What a graph depends on in an argument: None and bools whole, the keys of a dict, the rank of a tensor.
 
-    Of a list or a tuple of tensors that of each, after the name of its type. Of whole numbers, such as those of layers,
-    themselves, in a set or a range as well. One of anything else is opaque.
+    Of a list or a tuple of tensors that of each, after the name of its type. Of a list, a tuple, a set or a range of
+    whole numbers, such as those of layers, the numbers. What holds anything else is opaque.
 
     Args:
         value: The argument.
@@ -37,12 +38,12 @@ def kind(value: Any, half: bool = False) -> Hashable:
         return value
     if isinstance(value, dict):
         return tuple([(name, kind(item, half)) for name, item in value.items()])
-    if type(value) in (list, tuple, set, frozenset, range):
-        if all(isinstance(item, torch.Tensor) for item in value):
-            return (type(value).__name__, *[kind(item, half) for item in value])
-        if all(type(item) is int for item in value):
-            # A number that has changed is symbolic to dynamo, unless it is a key of a dict.
-            return (type(value).__name__, *[next(iter({item: None})) for item in value])
+    if type(value) in (list, tuple) and all(isinstance(item, torch.Tensor) for item in value):
+        return (type(value).__name__, *[kind(item, half) for item in value])
+    if type(value) in (list, tuple, set, frozenset, range) and all(type(item) is int for item in value):
+        numbers = sorted(value) if type(value) in (set, frozenset) else value
+        # A number that has changed is symbolic to dynamo, unless it is a key of a dict.
+        return (type(value).__name__, *[next(iter({item: None})) for item in numbers])
     if not isinstance(value, torch.Tensor):
         return "opaque"
     return f"{value.ndim}d{HALF}" if half and value.dtype is torch.float16 else f"{value.ndim}d"
@@ -64,6 +65,7 @@ class Structure:
     Args:
         base: The class whose forward is traced.
         forward: That forward, as it is now: a class can be patched.
+        methods: All functions of the class, of which the forward may call some.
         calls: Names of functions to call from the graph, not to trace into: globals of the module of `base.forward`.
         plain: Names of attributes that are None, a bool, an int or a string; their values belong to each kind of call.
         data: Names of lists and dicts of plain values, such as a config, each with itself as JSON. They are taken for
@@ -83,6 +85,7 @@ class Structure:
 
     base: type[nn.Module]
     forward: Callable[..., Any]
+    methods: tuple[Callable[..., Any], ...]
     calls: tuple[str, ...]
     plain: tuple[str, ...]
     data: tuple[tuple[str, str], ...]
@@ -124,6 +127,7 @@ class Structure:
         return cls(
             base=base,
             forward=base.forward,
+            methods=tuple(_methods(base)),
             calls=calls,
             plain=tuple(plain),
             data=tuple(data.items()),
@@ -165,6 +169,12 @@ class Structure:
         """The `setting` of each of the module's plain attributes now, and how many tensors counted children return."""
         plain = [setting(getattr(module, name)) for name in self.plain]
         return (*plain, *[count(getattr(module, name)) for name, count in self.counts])
+
+
+def _methods(base: type[nn.Module]) -> Iterator[Callable[..., Any]]:
+    """The functions of a class and of those that it derives from, but for what all modules have."""
+    for cls in base.__mro__[: base.__mro__.index(nn.Module)]:
+        yield from (value for value in vars(cls).values() if isinstance(value, FunctionType))
 
 
 def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

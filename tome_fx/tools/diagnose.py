@@ -1,5 +1,7 @@
 """What torch.compile makes of a transformed model, in plain words: graphs, breaks, recompiles, calls left to ATen."""
 
+import ast
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -41,6 +43,7 @@ ADVICE = (
     ),
     ("", "TORCH_LOGS=recompiles shows the guard with its source"),
 )
+CALL_EAGERLY = "call the model without torch.compile, to see where"
 PARTS_DIFFER = "none is needed, as parts of different kinds have a graph each"
 
 
@@ -187,9 +190,9 @@ def _first_recompile(reason: str, ids: frozenset[str | None], whole: bool) -> Fi
 
 def _break(reason: str, times: int) -> Finding:
     """With dynamo's own hint, where it gives one; of an error that the model raises that error."""
-    if raised := re.search(r"raised exception (\w+)\((['\"])(.+)\2\)$", reason, re.MULTILINE):
-        advice = "mend what it says: the model raises it without torch.compile as well"
-        return Finding(f"{raised[1]}: {raised[3]}", advice, times)
+    if raised := re.search(r"raised exception (\w+)\((.+)\)$", reason, re.MULTILINE):
+        with contextlib.suppress(ValueError, SyntaxError):  # another repr than that of one text
+            return Finding(f"{raised[1]}: {ast.literal_eval(raised[2])}", CALL_EAGERLY, times)
     hint = re.search(r"Hint: (.+)", reason)
     advice = hint[1].rstrip(".") if hint else "compile with fullgraph=True to be shown the line of code"
     return Finding(reason.strip().splitlines()[0].strip(), advice, times)

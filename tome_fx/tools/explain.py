@@ -68,15 +68,17 @@ class Report:
         giga = 1e9
         lines: list[tuple[object, ...]] = []
         for _, (row, *alike) in groupby(self.rows, lambda row: (row.path.rpartition(".")[0], replace(row, path=""))):
-            numbers = f"{row.path} - {alike[-1].path.rpartition('.')[2]}" if alike else row.path
+            where = f"{row.path} - {alike[-1].path.rpartition('.')[2]}" if alike else row.path
             grid, merged = f"{row.height} x {row.width}", row.merged or f"0: {row.note}"
             flops = row.flops_before / giga, row.flops_after / giga
-            lines.append((numbers, grid, row.tokens, merged, row.kept, ", ".join(row.scopes), *flops))
+            lines.append((where, grid, row.tokens, merged, row.kept, ", ".join(row.scopes), *flops))
         lines.append(("whole model", *[""] * 5, self.flops_before / giga, self.flops_after / giga))
-        heads = ("each site", "grid", "tokens", "merged", "kept", "scopes", "GFLOPs before", "after")
+        heads = ("site", "grid", "tokens", "merged", "kept", "scopes", "GFLOPs before", "after")
         table = tabulate(lines, heads, floatfmt=".3f", disable_numparse=[1, 3])
+        some_alike = len(lines) <= len(self.rows)  # besides the whole model's
+        notes = ["A line of several blocks has the numbers of each."] if some_alike else []
         reasons = Counter(row.unweighed for row in self.rows if row.unweighed)
-        notes = [f"Not weighed at {count} of {len(self.rows)} sites: {reason}." for reason, count in reasons.items()]
+        notes += [f"Not weighed at {count} of {len(self.rows)} sites: {reason}." for reason, count in reasons.items()]
         notes += [
             f"Level of {level.height} x {level.width} tokens, at the size that the model is made for: "
             f"{'' if level.merged else 'not '}merged; half of them saves {level.saved / giga:.1f} GFLOPs a "
