@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import multiprocessing
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from support.measuring import interrupt_the_second
 from torch import Tensor
 
 import tome_fx
-from bench import documents, latency, models, tables, variants
+from bench import documents, latency, models, parts, tables, variants
 from bench.cases import Case, options
 from bench.cells import Cell, Task, suite
 
@@ -99,15 +100,19 @@ def test_each_row_has_the_bound_of_its_own_flops(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_cell_is_measured_in_processes_of_their_own_with_its_parts(tmp_path: Path) -> None:
+def test_a_cell_is_measured_in_processes_of_their_own(tmp_path: Path) -> None:
     others = set(multiprocessing.active_children())  # those of other tests, which may wait in this process
     task = Task(Cell("tiny", 64, guidance=False), ("sdpa", "tome_fx"), 1)
-    (entry,) = latency.run([task], tmp_path / "run.json", breakdown=True, apart=True)["cells"]
+    (entry,) = latency.run([task], tmp_path / "run.json", apart=True)["cells"]
     assert entry["apart"]
     assert all(len(row["samples_ms"]) == 1 for row in entry["rows"].values())
-    assert all(len(row["samples_ms"]) == 10 for row in entry["breakdown"].values())
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     assert set(multiprocessing.active_children()) <= others
+
+
+def test_parts_of_a_site_can_be_given_to_processes_of_their_own() -> None:
+    makes = parts.of_a_site(Cell("tiny", 64, guidance=False), models.build)
+    assert pickle.loads(pickle.dumps(makes)).keys() == makes.keys()
 
 
 def test_a_breakdown_of_a_transformer_is_refused(tmp_path: Path) -> None:
