@@ -9,7 +9,7 @@ import functools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import methodcaller as do
@@ -275,18 +275,23 @@ UNDONE: dict[str, Any] = {
 }
 
 
-def everywhere(cases: dict[str, Any], ends: bool = False, fast: tuple[str, ...] = ()) -> pytest.MarkDecorator:
-    """Each case with each place for the transform among its steps, or with the first and the last only.
+ENDS, LAST = (lambda steps: {0, steps}), (lambda steps: {steps})  # places among so many steps
 
-    Where some are named fast, by themselves or with a place, the others are slow.
+
+def everywhere(
+    cases: dict[str, Any],
+    places: Callable[[int], Iterable[int]] = lambda steps: range(steps + 1),
+    fast: tuple[str, ...] = (),
+) -> pytest.MarkDecorator:
+    """Each case with each of these places for the transform among its steps, of which 0 is before the first.
+
+    Where some are named fast, the others are slow.
     """
-    rows = [(name, place) for name, (case, *_) in cases.items() for place in range(len(case.steps) + 1)]
-    if ends:
-        rows = [(name, place) for name, place in rows if place in (0, len(cases[name][0].steps))]
+    rows = [(name, place) for name, (case, *_) in cases.items() for place in places(len(case.steps))]
     parameters = []
     for name, place in rows:
         case, *marks = cases[name]
-        if fast and not {name, f"{name}-{place}"} & set(fast):
+        if fast and name not in fast:
             marks.append(pytest.mark.slow)
         parameters.append(pytest.param(case, place, id=f"{name}-{place}", marks=marks))
     return pytest.mark.parametrize("case, place", parameters)
@@ -314,12 +319,12 @@ FEW = ("lora-scale", "ip-adapter", "processors", "gligen")
 MASKS = ("ip-masks", "ip-lora")
 
 
-@everywhere({name: rows for name, rows in CASES.items() if name != "pag"}, ends=True, fast=FEW)
+@everywhere({name: rows for name, rows in CASES.items() if name != "pag"}, ENDS, FEW)
 def test_it_acts_as_in_the_stock_model_where_keys_and_values_alone_are_merged(case: Case, place: int) -> None:
     assert_acts_as_in_the_stock_model(case, place, merge_queries=False)
 
 
-@everywhere({name: rows for name, rows in CASES.items() if name not in MASKS}, ends=True, fast=FEW)
+@everywhere({name: rows for name, rows in CASES.items() if name not in MASKS}, ENDS, FEW)
 def test_it_acts_as_in_the_stock_model_where_whole_blocks_are_merged(case: Case, place: int) -> None:
     assert_acts_as_in_the_stock_model(case, place, merge_block=True)
 
@@ -448,7 +453,7 @@ def test_xformers_gives_what_it_gives_in_the_stock_model(place: int) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@everywhere(CASES | {"qkv": UNDONE["qkv"]}, ends=True, fast=("lora-scale-1",))
+@everywhere(CASES | {"qkv": UNDONE["qkv"]}, LAST, fast=("lora-scale",))
 def test_compiled_it_is_one_graph_that_gives_what_eager_gives(case: Case, place: int) -> None:
     result, arguments = case.unet(place), case.arguments()
     compiled = torch.compile(result, backend="eager", fullgraph=True)
