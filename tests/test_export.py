@@ -101,14 +101,15 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 sys.path.insert(0, sys.argv[1])
-from support.models import inputs, one_block, output
+from support.models import one_block, transformer
 from tome_fx import transform
 
 artifacts = Path(sys.argv[2])
 if artifacts.exists():
     torch.compiler.load_cache_artifacts(artifacts.read_bytes())
-model = transform(one_block(), ratio=0.5)
-output(torch.compile(model, fullgraph=True), inputs(model, 16, 16))
+model, (image, prompt) = transformer(transform(one_block(), ratio=0.5))
+with torch.no_grad():
+    torch.compile(model, fullgraph=True)(image, encoder_hidden_states=prompt, return_dict=False)
 caches = {**counters["inductor"], **counters["aot_autograd"]}
 found = {name: count for name, count in caches.items() if name.endswith(("cache_hit", "cache_miss"))}
 if not artifacts.exists():

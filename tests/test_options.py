@@ -14,8 +14,18 @@ from typing import Any
 import pytest
 import torch
 from support.compiling import assert_no_break_and, whole
-from support.models import gradients, inputs, one_block, output, relative_error, sdxl, stacked, transformer, two_stages
-from support.options import MODES, each_option
+from support.models import (
+    gradients,
+    inputs,
+    one_block,
+    one_stack,
+    output,
+    relative_error,
+    sdxl,
+    transformer,
+    two_stages,
+)
+from support.options import FEW, MODES, OF_ONE_BLOCK, each_option
 from support.state import untouched
 from support.wrapped import wrapped
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -33,17 +43,16 @@ STACKS = {"max_downsample": 4, **TILES}  # all of the blocks of `sdxl()`, in sta
 SIZE = 40, 24
 
 
-@pytest.mark.slow
 @each_option()
 def test_a_ratio_is_one_graph_that_no_step_prompt_or_return_compiles_again(
     options: dict[str, Any], counter: Any
 ) -> None:
-    ratios = (0.5, 0.25, 0)
-    models = [transform(stacked(), ratio, **{**STACKS, **options}) for ratio in ratios]
-    arguments = inputs(stacked(), 24, 20)
+    ratios = (0.5, 0)
+    models = [transform(one_stack(), ratio, **{**STACKS, **options}) for ratio in ratios]
+    arguments = inputs(one_stack(), 24, 20)
     for seed, time in ((0, 500), (1, 20)):
         for model in models:
-            given = {**inputs(stacked(), 24, 20, seed=seed), "timestep": torch.tensor(time)}
+            given = {**inputs(one_stack(), 24, 20, seed=seed), "timestep": torch.tensor(time)}
             assert torch.equal(output(whole(model, counter), given), output(model, given))
     for ratio in ratios:
         set_ratio(models[0], ratio)
@@ -51,7 +60,7 @@ def test_a_ratio_is_one_graph_that_no_step_prompt_or_return_compiles_again(
     assert_no_break_and(counter, len(ratios))
 
 
-@each_option(*MODES)
+@each_option(*MODES, of=OF_ONE_BLOCK)
 def test_a_dynamic_ratio_is_one_graph_for_all(options: dict[str, Any], counter: Any) -> None:
     model = transform(one_block(), 0.5, dynamic_ratio=True, **{**TILES, **options})
     compiled, arguments = whole(model, counter), inputs(one_block(), 24, 20)
@@ -82,7 +91,7 @@ def of_sizes(model: Any) -> int:
     return int(counter.frame_count)
 
 
-@each_option()
+@each_option(of=OF_ONE_BLOCK)
 def test_dynamic_sizes_and_ratios_take_the_compiles_of_the_stock_model(options: dict[str, Any]) -> None:
     taken = of_sizes(transform(one_block(), 0.5, dynamic_ratio=True, **{**TILES, **options}))
     assert taken == of_stock(of_sizes, one_block) == 2  # one for squares, one for the rest
@@ -121,8 +130,7 @@ def test_two_runs_agree_bit_for_bit_and_ratio_0_with_the_original(options: dict[
     assert relative_error(results[0], unmerged) > 1e-4
 
 
-@pytest.mark.slow
-@each_option()
+@each_option(of=OF_ONE_BLOCK)
 def test_gradients_are_those_of_wrapped_children_compiled_or_not(options: dict[str, Any]) -> None:
     model = copy.deepcopy(two_stages()).train()
     arguments = inputs(model, 24, 20)
@@ -143,7 +151,7 @@ def test_inductor_gives_what_eager_gives(options: dict[str, Any]) -> None:
     assert relative_error(*results) < 1e-5
 
 
-@each_option()
+@each_option(of=OF_ONE_BLOCK)
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_model_gives_what_eager_gives(options: dict[str, Any], strict: bool) -> None:
     model, arguments = transform(two_stages(), **{**TILES, **options}), inputs(two_stages(), 24, 20)
@@ -152,7 +160,7 @@ def test_an_exported_model_gives_what_eager_gives(options: dict[str, Any], stric
         assert torch.equal(program(**arguments, return_dict=False)[0], output(model, arguments))
 
 
-@each_option()
+@each_option(of=FEW)
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own
 def test_a_model_compiled_ahead_of_time_gives_what_eager_gives(options: dict[str, Any], tmp_path: Path) -> None:
     model, (image, prompt) = transformer(transform(sdxl(), **{**STACKS, **options}), side=20)

@@ -64,10 +64,15 @@ def two_stages() -> UNet2DConditionModel:
 
 
 @functools.cache
-def stacked() -> UNet2DConditionModel:
-    """`two_stages()` with two blocks in each of its transformers. For compiling whole, with whatever option."""
-    stages = ("CrossAttnDownBlock2D", "DownBlock2D")
-    return _unet(down_block_types=stages, attention_head_dim=2, transformer_layers_per_block=2)
+def one_stack() -> UNet2DConditionModel:
+    """A single transformer, of two blocks. For compiling many times over what blocks in a row share."""
+    return _unet(
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        attention_head_dim=2,
+        transformer_layers_per_block=2,
+        mid_block_type=None,
+    )
 
 
 @functools.cache

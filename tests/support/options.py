@@ -1,5 +1,6 @@
 """Options of `transform`, each by itself: what holds of a transform is shown for every one of them."""
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -20,14 +21,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tomesd": TOMESD,
 }
 MODES = ("keys", "blocks")  # those that make other graphs than the default does
+# Those that make graphs of their own where no transformer has several blocks
+OF_ONE_BLOCK = tuple(name for name in OPTIONS if name not in ("weighed", "each-block", "finest", "blocks-each"))
+FEW = ("default", *MODES, "tomesd")
 
 
-def each_option(*fast: str) -> pytest.MarkDecorator:
-    """The options in turn, all but those named marked slow."""
+def each_option(*fast: str, of: Collection[str] = OPTIONS) -> pytest.MarkDecorator:
+    """The options in turn, or some of them, all but those named fast marked slow."""
     return pytest.mark.parametrize(
         "options",
-        [
-            pytest.param(options, id=name, marks=() if name in fast else pytest.mark.slow)
-            for name, options in OPTIONS.items()
-        ],
+        [pytest.param(OPTIONS[name], id=name, marks=() if name in fast else pytest.mark.slow) for name in of],
     )
