@@ -9,6 +9,7 @@ depends on data, so that every compiler takes the operations whole.
 import functools
 import itertools
 import math
+import operator
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tome_fx import ops, plan
-from tome_fx.ops import matching
+from tome_fx.ops import matching, tiling
 from tome_fx.ops.tiling import Tiles
 
 Grid = tuple[int, int, int, int]  # height, width, sx, sy
@@ -672,6 +673,35 @@ def site_of_any_size(image: Tensor, ratio: str | Tensor, tile: int | None) -> tu
     tokens = image.flatten(2).mT
     slots = ops.match(tokens, height, width, kept=ops.kept(height, width, ratio), sx=2, sy=2, seed=3, tile=tile)
     return ops.unmerge(ops.merge(tokens, slots), slots), ops.log_sizes(tokens, slots, 2)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 20), (7, 9), (33, 47), (32, 32)])
+@pytest.mark.parametrize("tile", [4, 6, 16, 32])
+def test_tiles_laid_out_for_a_symbolic_size_give_the_slot_map_of_a_known_one(
+    tile: int, height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = torch.randn(2, 6, height, width, dtype=torch.float64)
+    expected = site_of_any_size(image, "0.5", tile)
+    monkeypatch.setattr(tiling, "UNBOUNDED", 0)
+    assert_same_results(site_of_any_size(image, "0.5", tile), expected)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_tile_of_a_symbolic_size_has_a_number_of_places() -> None:
+    shapes: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        products = [node for node in graph.graph.nodes if node.target is operator.matmul]
+        shapes.extend(node.meta["example_value"].shape for node in products)
+        return graph
+
+    def site(image: Tensor) -> Any:
+        return site_of_any_size(image, "0.5", 16)  # an argument would be a symbol too
+
+    torch.compile(site, backend=backend, fullgraph=True, dynamic=True)(torch.randn(2, 6, 16, 20))
+    ((_, tiles, sources, destinations),) = shapes
+    assert [isinstance(size, int) for size in (tiles, sources, destinations)] == [False, True, True]
+    assert (sources, destinations) == (18 * 18 - 81, 81)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

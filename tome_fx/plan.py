@@ -139,6 +139,7 @@ class Side:
         tiles: How many.
         each: Cells of a tile.
         more: Tiles at the beginning that have one cell more.
+        room: Cells to lay out in every tile, at least as many as the largest has or has begun; None for so many.
     """
 
     size: int
@@ -146,17 +147,24 @@ class Side:
     tiles: int
     each: int
     more: int
+    room: int | None = None
 
     @classmethod
-    def of(cls, size: int, stride: int, tile: int | None) -> "Side":
-        """Tiles of at most `tile` tokens, but for those beyond the last cell; None for one tile."""
+    def of(cls, size: int, stride: int, tile: int | None, *, roomy: bool = False) -> "Side":
+        """Tiles of at most `tile` tokens, but for those beyond the last cell; None for one tile.
+
+        Roomy ones are laid out with as many cells as any could have, a number that does not hang on the size.
+        """
         cells = size // stride
         count = 1 if tile is None else 1 + (cells - 1) // (tile // stride)
-        return cls(size, stride, count, cells // count, cells % count)
+        room = tile // stride + 1 if roomy and tile is not None else None
+        return cls(size, stride, count, cells // count, cells % count, room)
 
     @property
     def most(self) -> int:
         """Cells of the largest tile, one that is not whole included."""
+        if self.room is not None:
+            return self.room
         return (self.size + self.stride * self.tiles - 1) // (self.stride * self.tiles)
 
     @property

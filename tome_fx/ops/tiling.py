@@ -23,6 +23,11 @@ sizes are symbolic. A compiler folds numbers into its kernels, and may need kern
 A symbolic number of tiles is one more than there are, of which the last repeats the one before and is read by nobody.
 For torch makes a graph of its own for a size of 1, and so one graph serves one tile and several.
 
+NOTE [Room where a size is symbolic]
+How many cells the largest tile has is a long expression of a symbolic size, and every index of every kernel would hold
+it: Inductor took minutes to simplify those of one match. So where a size is symbolic all tiles are laid out with as
+many cells as any could have, a number. What that adds are gaps, and the slot map is the same.
+
 NOTE [Written down once]
 What is cheap to compute, Inductor computes again wherever it is read. That is no gain where the expression is long: it
 doubles with each of its values that is read twice, as those of a hash are, and has to be compiled. A view of memory by
@@ -36,6 +41,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tome_fx.plan import Side, scramble
+
+UNBOUNDED = 2**31  # tokens of a side: only one that is symbolic may be longer
 
 
 @dataclass  # and no tuple: dynamo traces no property of one before torch 2.12
@@ -81,7 +88,9 @@ class Tiles:
             seed: Chooses the destination in each cell, pseudo-randomly; None takes the top left of every cell.
             device: Of all tensors.
         """
-        down, right = Side.of(height, sy, tile), Side.of(width, sx, tile)
+        # See NOTE [Room where a size is symbolic].
+        down = Side.of(height, sy, tile, roomy=not statically_known_true(height < UNBOUNDED))
+        right = Side.of(width, sx, tile, roomy=not statically_known_true(width < UNBOUNDED))
         rows, columns = _edges(down, device), _edges(right, device)
         number = _tile_numbers(down.tiles * right.tiles, device)[:, None]
         top, tall = _cut(down, rows, number // right.tiles)
