@@ -193,6 +193,7 @@ def test_info_names_the_cards_that_there_are_and_packages_that_there_are_not(mon
     assert "not installed" in table
 
 
+@pytest.mark.slow
 def test_the_module_is_a_command(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tome_fx", "info"], capture_output=True, text=True, check=False, cwd=tmp_path

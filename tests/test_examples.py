@@ -72,6 +72,7 @@ def test_an_image_is_made_by_a_merged_model_that_is_compiled_as_one_graph(
     assert not torch.equal(pixels("merged.png"), pixels("plain.png"))
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_the_users_is_read_from_its_folder_and_has_the_size_and_the_type_asked_for(
     example: Example, tmp_path: Path
 ) -> None:

@@ -358,8 +358,14 @@ class Meta(TorchDispatchMode):
 QUIET = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
+# The rest is of kinds of which one is here: adapters, offloading, quantization, hooks and processors, compiled parts
+AT_HAND = ("IP-Adapter", "PAG", "model offload", "bitsandbytes, 4 bits", "hooks", "compiled stage", "fused QKV", "meta")
+
+
 @QUIET
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize(
+    "name", [name if name in AT_HAND else pytest.param(name, marks=pytest.mark.slow) for name in FEATURES]
+)
 def test_what_a_model_is_run_with_is_not_called_changes_no_count_and_stays(name: str) -> None:
     expected = plain_report()
     model = tome_fx.transform(copy.deepcopy(two_stages()), 0.5)

@@ -47,7 +47,8 @@ def test_export_takes_the_model_and_gives_what_eager_gives(build: Callable[[], A
     assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_model_may_have_dynamic_sizes(strict: bool) -> None:
     # What torch 2.8 exports cannot say that a size is of several tiles or one.
     tile = 16 if torch.torch_version.TorchVersion(torch.__version__) >= "2.13" else None

@@ -200,6 +200,7 @@ def test_any_number_of_transformed_models_compiles_one_by_one(counter: Any) -> N
     assert counter.frame_count == len(RATIOS)
 
 
+@pytest.mark.slow
 def test_block_by_block_all_ratios_share_their_compiles(counter: Any) -> None:
     """A block reads K off a shape: it compiles for the first K, then for any. The second level is not merged."""
     model = by_block(transform(two_stages(), ratio=0.5), counter)

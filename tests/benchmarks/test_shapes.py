@@ -98,6 +98,7 @@ def test_shapes_are_counted_from_pixels() -> None:
     assert (judge.counts(draw(scenes, SIDE)) == wanted).float().mean() >= 0.99
 
 
+@pytest.mark.slow
 def test_a_shape_that_is_drawn_twice_is_counted_though_the_reader_lets_it_pass() -> None:
     scenes = [scene for scene in numbered(HELD_OUT, 200) if len(scene.things) == 1]
     twice = []
