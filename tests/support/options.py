@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 MODES = ("keys", "blocks")  # those that make other graphs than the default does
 # Those that make graphs of their own where no transformer has several blocks
 OF_ONE_BLOCK = tuple(name for name in OPTIONS if name not in ("weighed", "each-block", "finest", "blocks-each"))
+# Those that are compiled ahead of time, which takes what Inductor makes of all of them
 FEW = ("default", *MODES, "tomesd")
 
 

@@ -119,8 +119,7 @@ def match_frames(
     if count != frames * height * width:
         raise ValueError(
             f"{count} tokens are not those of {frames} frames of {height} x {width}, the grid that the model is given: "
-            "give the true one, beside coordinates as well, or merge nothing, by ratio=0 "
-            "and not dynamic_ratio"
+            "give the true one, beside coordinates as well, or merge nothing, by ratio=0 and not dynamic_ratio"
         )
     each = tokens.detach().reshape(batch * frames, height * width, tokens.shape[2])
     slots = match(each, height, width, kept=kept, sx=sx, sy=sy, seed=seed, tile=tile)

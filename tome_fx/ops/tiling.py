@@ -89,8 +89,10 @@ class Tiles:
             device: Of all tensors.
         """
         # See NOTE [Room where a size is symbolic].
-        down = Side.of(height, sy, tile, roomy=not statically_known_true(height < UNBOUNDED))
-        right = Side.of(width, sx, tile, roomy=not statically_known_true(width < UNBOUNDED))
+        down, right = (
+            Side.of(size, stride, tile, roomy=not statically_known_true(size < UNBOUNDED))
+            for size, stride in ((height, sy), (width, sx))
+        )
         rows, columns = _edges(down, device), _edges(right, device)
         number = _tile_numbers(down.tiles * right.tiles, device)[:, None]
         top, tall = _cut(down, rows, number // right.tiles)
