@@ -121,7 +121,7 @@ def _draw_speedups(axes: Any, by_side: dict[int, dict[str, Any]]) -> None:
     axes.plot(sides, bounds, "k--", marker="_", label=f"FLOP bound of {OURS}")
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(xlabel="image side, px", ylabel="speed-up over compile", xticks=sides)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.25))  # below, for lines are anywhere
 
 
 def _draw_waterfall(axes: Any, rows: dict[str, Any]) -> None:
