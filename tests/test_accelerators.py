@@ -26,11 +26,11 @@ from support.features import (
     merged,
     own,
     skip,
-    slow,
     steps,
     supports,
 )
 from support.models import inputs, two_stages
+from support.speed import slow
 from torch import Tensor
 
 from tome_fx import TransformError, transform
@@ -114,7 +114,7 @@ def test_what_keeps_or_skips_whole_tokens_does_so_as_in_the_stock_model(enable: 
 
 # Not the whole block: Dynamo cannot trace how diffusers then looks for an argument, in the stock model either.
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("enable", slow([pytest.param(CROSS, id="broadcast", marks=BROADCAST), *PARTS]))
+@pytest.mark.parametrize("enable", slow(pytest.param(CROSS, id="broadcast", marks=BROADCAST), *PARTS))
 def test_what_compiles_whole_in_the_stock_model_does_so_in_the_result(enable: Enable, counter: Any) -> None:
     assert_compiles_as_the_stock_model(enable, counter)
 

@@ -31,6 +31,7 @@ from support.models import (
     sdxl,
     two_stages,
 )
+from support.speed import slow
 from support.wrapped import wrapped
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -47,9 +48,7 @@ pytestmark = [
 # ------------------------------------------------------------------------------------------------ the whole model
 
 
-@pytest.mark.parametrize(
-    "build", [sdxl, *(pytest.param(b, marks=pytest.mark.slow) for b in (sd15, sd21, controlnet, gligen))]
-)
+@pytest.mark.parametrize("build", [sdxl, *slow(sd15, sd21, controlnet, gligen)])
 def test_the_whole_model_is_one_graph_with_every_merge_in_it(build: Callable[[], Any], counter: Any) -> None:
     model = transform(build(), ratio=0.5)
     arguments = inputs(model)
@@ -124,7 +123,7 @@ def test_dynamic_shapes_take_no_more_compiles_than_the_stock_model() -> None:
     "build, extra",
     [
         (one_block, {"encoder_attention_mask": mask()}),
-        pytest.param(gligen, {"cross_attention_kwargs": {"gligen": objects()}}, marks=pytest.mark.slow),
+        *slow((gligen, {"cross_attention_kwargs": {"gligen": objects()}})),
     ],
     ids=["mask", "gligen"],
 )
@@ -148,12 +147,10 @@ def test_an_optional_input_that_is_first_met_while_compiling_leaves_merging_in_p
 
 @pytest.mark.parametrize(
     "options",
-    [{}, pytest.param({"max_downsample": 2}, marks=pytest.mark.slow), EVERYTHING],
+    [{}, *slow({"max_downsample": 2}), EVERYTHING],
     ids=["defaults", "two", "everything"],
 )
-@pytest.mark.parametrize(
-    "build, stock", [*(pytest.param(b, 3, marks=pytest.mark.slow) for b in (sd15, sd21)), (sdxl, 2)]
-)
+@pytest.mark.parametrize("build, stock", [*slow((sd15, 3), (sd21, 3)), (sdxl, 2)])
 def test_regional_compile_takes_no_more_compiles_than_the_stock_model(
     build: Callable[[], Any], stock: int, options: dict[str, Any]
 ) -> None:
@@ -180,9 +177,9 @@ CONTEXTS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("dynamic_ratio", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dynamic_ratio", [False, *slow(True)])
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, pytest.param(torch.channels_last, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, *slow(torch.channels_last)])
 def test_contexts_and_memory_formats_change_no_count_and_no_result(
     layout: torch.memory_format, context: Any, dynamic_ratio: bool, counter: Any
 ) -> None:
@@ -198,7 +195,7 @@ def test_contexts_and_memory_formats_change_no_count_and_no_result(
 
 @pytest.mark.parametrize(
     "options",
-    [{"seed": 5}, pytest.param({"seed": 5, **EVERYTHING}, marks=pytest.mark.slow)],
+    [{"seed": 5}, *slow({"seed": 5, **EVERYTHING})],
     ids=["defaults", "everything"],
 )
 def test_random_destinations_are_the_same_when_compiled(options: dict[str, Any]) -> None:
@@ -209,7 +206,7 @@ def test_random_destinations_are_the_same_when_compiled(options: dict[str, Any])
     assert relative_error(compiled, output(transform(one_block(), ratio=0.5, use_rand=False), arguments)) > 1e-3
 
 
-@pytest.mark.parametrize("dynamic_ratio", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dynamic_ratio", [False, *slow(True)])
 def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(dynamic_ratio: bool) -> None:
     gradients = []
     model = transform(one_block(), ratio=0.5, dynamic_ratio=dynamic_ratio)

@@ -32,11 +32,11 @@ from support.features import (
     merged,
     own,
     skip,
-    slow,
     steps,
     supports,
 )
 from support.models import blocks, inputs, output, relative_error, two_stages
+from support.speed import slow
 from torch import nn
 
 from tome_fx import TransformError, set_ratio, transform
@@ -229,7 +229,7 @@ def test_quantized_weights_give_what_they_give_in_the_stock_model(quantize: Enab
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("enable", [*slow(SETTINGS[:-1]), SETTINGS[-1], *slow([TORCHAO])])
+@pytest.mark.parametrize("enable", [*slow(*SETTINGS[:-1]), SETTINGS[-1], *slow(TORCHAO)])
 def test_what_compiles_whole_in_the_stock_model_does_so_in_the_result(enable: Enable, counter: Any) -> None:
     assert_compiles_as_the_stock_model(enable, counter)
 

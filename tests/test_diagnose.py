@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from support.models import blocks, inputs, one_block, one_stage, two_stages
+from support.speed import slow
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
@@ -117,10 +118,7 @@ def _a_stage_and_a_block_within(model: Any) -> None:
         _its_forward_with_a_hook_around,
         _a_stage_replaced,
         _a_stage_and_a_block_within,
-        *(
-            pytest.param(way, marks=pytest.mark.slow)
-            for way in (_its_forward, _one_block_of_it, _a_stage_by_its_own_method)
-        ),
+        *slow(_its_forward, _one_block_of_it, _a_stage_by_its_own_method),
     ],
 )
 def test_a_model_is_compiled_in_whatever_way_it_was_done(compile_it: Callable[[Any], None]) -> None:

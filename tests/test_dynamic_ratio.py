@@ -14,6 +14,7 @@ from support.models import (
     sdxl,
     two_stages,
 )
+from support.speed import slow
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -38,9 +39,7 @@ def test_a_dynamic_ratio_that_is_set_in_the_middle_of_inference_costs_no_compile
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(
-    "build", [one_block, *(pytest.param(build, marks=pytest.mark.slow) for build in (two_stages, sdxl))]
-)
+@pytest.mark.parametrize("build", [one_block, *slow(two_stages, sdxl)])
 def test_one_graph_serves_every_ratio(build: Callable[[], Any], counter: Any) -> None:
     model = transform(build(), ratio=0.5, dynamic_ratio=True, tile=16)
     compiled = whole(model, counter)

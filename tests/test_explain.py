@@ -20,6 +20,7 @@ from diffusers import UNet2DConditionModel, UNet3DConditionModel, UNetMotionMode
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from support.models import blocks, controlnet, inputs, sd15, sdxl, transformers, two_stages
+from support.speed import slow, slow_but
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -109,8 +110,9 @@ def test_blocks_in_a_row_that_are_alike_are_one_line_with_the_numbers_of_each() 
 @pytest.mark.parametrize(
     ("side", "whole_grid", "tiles"),
     [
-        pytest.param(side, *bounds, marks=() if side == 128 else pytest.mark.slow)
-        for side, *bounds in ((64, 1.11, 1.12), (96, 1.21, 1.24), (128, 1.33, 1.39), (256, 1.76, 1.96))
+        *slow((64, 1.11, 1.12), (96, 1.21, 1.24)),
+        (128, 1.33, 1.39),
+        *slow((256, 1.76, 1.96)),
     ],
 )
 def test_the_bounds_of_stable_diffusion_are_those_computed_by_hand(side: int, whole_grid: float, tiles: float) -> None:
@@ -156,9 +158,7 @@ def test_bad_input_is_named(arguments: tuple[Any, ...], error: type[Exception], 
         tome_fx.explain(*arguments)
 
 
-@pytest.mark.parametrize(
-    "how", ["wrapped", *(pytest.param(h, marks=pytest.mark.slow) for h in ("in place", "by blocks"))]
-)
+@pytest.mark.parametrize("how", ["wrapped", *slow("in place", "by blocks")])
 def test_a_compiled_model_is_explained_like_one_that_is_not(how: str) -> None:
     model = tome_fx.transform(sd15())
     expected = tome_fx.explain(model, 16, 16)
@@ -363,9 +363,7 @@ AT_HAND = ("IP-Adapter", "PAG", "model offload", "bitsandbytes, 4 bits", "hooks"
 
 
 @QUIET
-@pytest.mark.parametrize(
-    "name", [name if name in AT_HAND else pytest.param(name, marks=pytest.mark.slow) for name in FEATURES]
-)
+@pytest.mark.parametrize("name", slow_but(AT_HAND, FEATURES))
 def test_what_a_model_is_run_with_is_not_called_changes_no_count_and_stays(name: str) -> None:
     expected = plain_report()
     model = tome_fx.transform(copy.deepcopy(two_stages()), 0.5)
@@ -547,9 +545,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 QUICK = ("no prompt", "classes", "guidance scale", "projected text", "added text and image", "added hint")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
-)
+@pytest.mark.parametrize("name", slow_but(QUICK, CONFIGS))
 def test_what_the_config_asks_for_is_given_and_counted(name: str) -> None:
     unet = made(**CONFIGS[name])
     model = tome_fx.transform(unet)

@@ -20,6 +20,7 @@ import tomesd
 import torch
 from diffusers import UNet2DConditionModel
 from support.models import inputs, output, relative_error, sd15, sd21, sdxl
+from support.speed import slow_but
 
 import tome_fx
 from tome_fx.families.unet import find_sites
@@ -85,7 +86,7 @@ COVERING = {
     "sdxl": covering(every_case((2, 4, 8))),  # 1 reaches nothing there, see the last test
 }
 COVERED = [(name, case) for name, cases in COVERING.items() for case in cases]
-FEW = {name: cases[:4] for name, cases in COVERING.items()}  # which cover the most pairs
+FEW = [(name, case) for name, cases in COVERING.items() for case in cases[:4]]  # which cover the most pairs
 FULL = [case for case in every_case((1,)) if case.scopes == 1 and case.batch == 2]
 
 
@@ -153,12 +154,7 @@ def test_most_cases_are_ones_that_tomesd_can_run() -> None:
     assert len(FULL) == 48
 
 
-def slow_but_few(cases: list[tuple[str, Case]]) -> list[Any]:
-    """The cases, those marked slow that are not among the few."""
-    return [pytest.param(*case, marks=() if case[1] in FEW[case[0]] else pytest.mark.slow) for case in cases]
-
-
-@pytest.mark.parametrize("name, case", slow_but_few(COVERED))
+@pytest.mark.parametrize("name, case", slow_but(FEW, COVERED))
 def test_a_unet_agrees_with_tomesd_in_float32_or_runs_where_tomesd_does_not(name: str, case: Case) -> None:
     if tomesd_serves(name, case):
         check_float32(name, case)
@@ -171,7 +167,7 @@ def test_a_unet_agrees_with_tomesd_in_float32_or_runs_where_tomesd_does_not(name
     assert relative_error(ours, output(model, arguments)) > 1e-3  # the other levels merge
 
 
-@pytest.mark.parametrize("name, case", slow_but_few([covered for covered in COVERED if tomesd_serves(*covered)]))
+@pytest.mark.parametrize("name, case", slow_but(FEW, [covered for covered in COVERED if tomesd_serves(*covered)]))
 def test_a_unet_agrees_with_tomesd_in_float64_to_the_last_digits(name: str, case: Case) -> None:
     assert error(in_float64(name), case, seed=0) <= 1e-12
 

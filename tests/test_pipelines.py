@@ -21,6 +21,7 @@ from diffusers.models.controlnets import MultiControlNetModel
 from support import models
 from support.features import CONDITION, REFUSED, WORKS, expected_of, merged
 from support.models import blocks, relative_error, transformers
+from support.speed import slow
 from torch import Tensor, nn
 
 from tome_fx import RatioSchedule, TransformError, transform
@@ -309,7 +310,7 @@ def test_a_saved_pipeline_is_the_plain_one_and_merges_again_when_transformed(nam
 @pytest.mark.parametrize("case", [CASES["text"], CASES["sdxl"]], ids=["text", "sdxl"])
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float16, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float64, torch.bfloat16))],
+    [torch.float16, *slow(torch.float64, torch.bfloat16)],
     ids=str,
 )
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])

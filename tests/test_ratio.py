@@ -26,6 +26,7 @@ from support.models import (
     transformers,
     two_stages,
 )
+from support.speed import slow
 from torch._dynamo.utils import counters
 
 from tome_fx import TransformError, set_ratio, transform
@@ -168,7 +169,7 @@ def test_a_model_that_is_not_transformed_is_an_error() -> None:
 @pytest.mark.parametrize(
     "compiler, ratios, sizes",
     [
-        pytest.param(whole, RATIOS[:10], [(16, 16), (16, 24)], marks=pytest.mark.slow),
+        *slow((whole, RATIOS[:10], [(16, 16), (16, 24)])),
         (in_place, RATIOS[:9], [(8, 8)]),
     ],
 )

@@ -20,6 +20,7 @@ from support.models import (
     sd15,
     two_stages,
 )
+from support.speed import slow
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -136,8 +137,8 @@ def test_an_image_by_a_schedule_is_the_one_made_by_hand() -> None:
     assert not torch.equal(image(pipe), expected)
 
 
-@pytest.mark.parametrize("compiler", [whole, *(pytest.param(c, marks=pytest.mark.slow) for c in (in_place, by_block))])
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", [whole, *slow(in_place, by_block)])
+@pytest.mark.parametrize("dynamic", [False, *slow(True)])
 def test_after_one_image_no_image_compiles_anything(compiler: Callable[..., Any], dynamic: bool, counter: Any) -> None:
     model = transform(one_block(), ratio=0.5, dynamic_ratio=dynamic)
     schedule = RatioSchedule(STAGES, model)

@@ -27,6 +27,7 @@ from peft import LoraConfig
 from support.compiling import assert_no_break_and, by_block, whole
 from support.features import supports
 from support.models import relative_error
+from support.speed import slow, slow_but
 from support.state import state
 from support.transformer_oracle import patched
 from support.transformers import (
@@ -58,26 +59,19 @@ LATER = tuple(name for name in MODELS if name not in FIRST)
 OF_EACH_KIND = ("chroma", "wan", "ltx")  # whose tokens lie where coordinates, the video or numbers tell
 # Of later ones Chroma and Wan stand for all, and where a test takes long Flux does, but for a thorough run.
 QUICK = (*FIRST, "chroma", "wan")
-models = pytest.mark.parametrize("name", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
+models = pytest.mark.parametrize("name", slow_but(QUICK, MODELS))
 scopes = pytest.mark.parametrize("scope", [{"merge_block": True}, {"merge_block": False}], ids=["blocks", "attention"])
-some = pytest.mark.parametrize("name", [m if m == "flux" else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
+some = pytest.mark.parametrize("name", slow_but(["flux"], MODELS))
 
 
 def compiled(*later: str) -> pytest.MarkDecorator:
     """The first models in both scopes, and later ones merged whole: all but one of these slow."""
-    return pytest.mark.parametrize(
-        "scope, name",
-        [
-            pytest.param(
-                {"merge_block": whole},
-                name,
-                id=f"{kind}-{name}",
-                marks=() if whole and name == "flux" else pytest.mark.slow,
-            )
-            for whole, kind in ((True, "blocks"), (False, "attention"))
-            for name in (*FIRST, *(later if whole else ()))
-        ],
-    )
+    cases = [
+        pytest.param({"merge_block": whole}, name, id=f"{kind}-{name}")
+        for whole, kind in ((True, "blocks"), (False, "attention"))
+        for name in (*FIRST, *(later if whole else ()))
+    ]
+    return pytest.mark.parametrize("scope, name", slow_but(["blocks-flux"], cases))
 
 
 def transformed(model: Any, ratio: float = 0.5, **options: Any) -> Any:
@@ -330,7 +324,7 @@ def test_the_model_given_is_left_as_it_is_and_the_result_is_of_its_class_and_wei
 
 @some
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("prop_attn", [False, pytest.param(None, marks=pytest.mark.slow)], ids=["", "weighed"])
+@pytest.mark.parametrize("prop_attn", [False, *slow(None)], ids=["", "weighed"])
 @scopes
 def test_gradients_are_those_of_the_patch(
     scope: dict[str, Any], prop_attn: bool | None, name: str, checkpointing: bool
@@ -393,10 +387,7 @@ def test_half_precision_is_as_near_to_the_whole_as_the_patch_is(
 @supports("PEFT LoRA with a scale", "works", group="Diffusion transformers")
 @pytest.mark.parametrize(
     "name",
-    ["sd3", "flux", "qwen", "wan"]
-    + [
-        pytest.param(m, marks=pytest.mark.slow) for m in ("chroma", "flux2", "auraflow", "cogview4", "cogvideox", "ltx")
-    ],
+    ["sd3", "flux", "qwen", "wan", *slow("chroma", "flux2", "auraflow", "cogview4", "cogvideox", "ltx")],
 )
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 @scopes
@@ -505,7 +496,7 @@ def test_images_that_are_no_squares_are_merged_as_a_plain_patch_merges_them(scop
     assert relative_error(result, output(model, arguments)) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["wan", *[pytest.param(m, marks=pytest.mark.slow) for m in ("cogvideox", "ltx")]])
+@pytest.mark.parametrize("name", ["wan", *slow("cogvideox", "ltx")])
 @scopes
 def test_frames_that_are_no_whole_tiles_are_merged_as_a_plain_patch_merges_each(
     scope: dict[str, Any], name: str
@@ -610,9 +601,7 @@ def test_a_dynamic_ratio_is_one_compile(scope: dict[str, Any], name: str, fresh_
 
 
 @supports("compile_repeated_blocks, where diffusers names them", "works", group="Diffusion transformers")
-@pytest.mark.parametrize(
-    "name", ["flux", *[pytest.param(m, marks=pytest.mark.slow) for m in ("qwen", "chroma", "flux2", "wan", "ltx")]]
-)
+@pytest.mark.parametrize("name", ["flux", *slow("qwen", "chroma", "flux2", "wan", "ltx")])
 @scopes
 def test_compiled_by_blocks_a_model_has_no_more_graphs_than_the_original(
     scope: dict[str, Any], name: str, fresh_dynamo: None, counter: Any
@@ -691,7 +680,7 @@ class Own:
     "merged tokens are not weighed",
     group="Diffusion transformers",
 )
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [False, *slow(True)])
 @scopes
 def test_a_backend_that_takes_no_mask_is_given_no_weights_and_asked_for_them_is_an_error_in_words(
     scope: dict[str, Any], compiled: bool, fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch

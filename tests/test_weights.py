@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, PAGIdentitySelfAttnProcessor2_0
 from support.compiling import assert_no_break_and, whole
 from support.models import blocks, gradients, inputs, one_stage, output, relative_error, sd15, sdxl, two_stages
+from support.speed import slow_but
 from support.state import untouched
 from support.wrapped import wrapped
 from torch import Tensor
@@ -128,7 +129,7 @@ def test_a_unet_weighs_by_a_channel_as_by_a_mask(
 @pytest.mark.usefixtures("by_channel", "fresh_dynamo")
 @pytest.mark.parametrize(
     "options",
-    [pytest.param(o, id=name or "default", marks=[pytest.mark.slow] if name else []) for name, o in MODES.items()],
+    slow_but(["default"], [pytest.param(options, id=name or "default") for name, options in MODES.items()]),
 )
 def test_gradients_and_graphs_by_a_channel_are_those_by_a_mask(options: dict[str, Any], counter: Any) -> None:
     model = copy.deepcopy(two_stages()).train()

@@ -52,11 +52,6 @@ def supports(feature: str, verdict: str, condition: str = "", group: str = DEVIC
     return pytest.mark.supports(group, feature, verdict, condition)
 
 
-def slow(cases: list[Any]) -> list[Any]:
-    """The same cases, which make test leaves to make test-all."""
-    return [pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.slow]) for case in cases]
-
-
 def assert_compiles_as_the_stock_model(enable: Enable, counter: Any) -> None:
     """Assert that with the feature both models have as many graphs, which give what eager gives."""
     graphs = []

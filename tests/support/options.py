@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from support.speed import slow_but
 from tome_fx import TOMESD
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -29,7 +30,4 @@ FEW = ("default", *MODES, "tomesd")
 
 def each_option(*fast: str, of: Collection[str] = OPTIONS) -> pytest.MarkDecorator:
     """The options in turn, or some of them, all but those named fast marked slow."""
-    return pytest.mark.parametrize(
-        "options",
-        [pytest.param(OPTIONS[name], id=name, marks=() if name in fast else pytest.mark.slow) for name in of],
-    )
+    return pytest.mark.parametrize("options", slow_but(fast, [pytest.param(OPTIONS[name], id=name) for name in of]))
