@@ -213,7 +213,7 @@ def test_a_side_is_cut_into_as_few_tiles_as_hold_its_cells_and_as_evenly(size: i
     assert side.most == max(-(-count // stride) for count in tokens)
     assert side.longest >= max(tokens)
     assert side.longest < max(tokens) + stride
-    assert Side.of(size, stride, None) == Side(size, stride, 1, size // stride, 0)
+    assert Side.of(size, stride, None) == Side(size, stride, 1, size // stride, 0, -(-size // stride))
     roomy = Side.of(size, stride, tile, roomy=True)
     assert roomy.most == tile // stride + 1 >= side.most
     assert Side.of(size, stride, None, roomy=True) == Side.of(size, stride, None)

@@ -18,6 +18,9 @@ MERGING = "tome_fx"  # the attribute that holds a transformed model's merging
 # Options of `transform` that make it tomesd's mathematics: what it is compared by.
 TOMESD: dict[str, Any] = {"tile": None, "max_downsample": FINEST, "prop_attn": False, "share_match": False}
 
+# What is always left to do with a call that merging cannot serve, as errors end
+OR_MERGE_NOTHING = "or merge nothing, by ratio=0 and not dynamic_ratio"
+
 THOUSAND = 1000  # a dynamic ratio is a whole number of thousandths
 
 
@@ -139,7 +142,7 @@ class Side:
         tiles: How many.
         each: Cells of a tile.
         more: Tiles at the beginning that have one cell more.
-        room: Cells to lay out in every tile, at least as many as the largest has or has begun; None for so many.
+        most: Cells that every tile is laid out with: those of the largest, one that is not whole included, or more.
     """
 
     size: int
@@ -147,7 +150,7 @@ class Side:
     tiles: int
     each: int
     more: int
-    room: int | None = None
+    most: int
 
     @classmethod
     def of(cls, size: int, stride: int, tile: int | None, *, roomy: bool = False) -> "Side":
@@ -157,15 +160,9 @@ class Side:
         """
         cells = size // stride
         count = 1 if tile is None else 1 + (cells - 1) // (tile // stride)
-        room = tile // stride + 1 if roomy and tile is not None else None
-        return cls(size, stride, count, cells // count, cells % count, room)
-
-    @property
-    def most(self) -> int:
-        """Cells of the largest tile, one that is not whole included."""
-        if self.room is not None:
-            return self.room
-        return (self.size + self.stride * self.tiles - 1) // (self.stride * self.tiles)
+        largest = (size + stride * count - 1) // (stride * count)
+        most = tile // stride + 1 if roomy and tile is not None else largest
+        return cls(size, stride, count, cells // count, cells % count, most)
 
     @property
     def longest(self) -> int:

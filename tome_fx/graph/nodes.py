@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tome_fx import ops
-from tome_fx.plan import TransformError
+from tome_fx.plan import OR_MERGE_NOTHING, TransformError
 
 
 def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +46,7 @@ def refused_if_merged(
         raise TransformError(
             f"{name} was given to {module}, whose tokens are merged ({option}=True): it has an entry for every image "
             f"token, and merged tokens are fewer. Leave {name} out, transform with {option}=False where the model "
-            "takes that, or merge nothing, by ratio=0 and not dynamic_ratio"
+            f"takes that, {OR_MERGE_NOTHING}"
         )
     return argument
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tome_fx.ops.matching import SlotMap, match
 from tome_fx.ops.tiling import Tiles
+from tome_fx.plan import OR_MERGE_NOTHING
 
 
 def line_of(coordinates: Tensor, sx: int, sy: int) -> Tensor:
@@ -75,8 +76,8 @@ def match_along(
     """
     if kept is not None and tokens.shape[1] != line.shape[0]:
         raise ValueError(
-            f"{tokens.shape[1]} tokens, but the model is given the places of {line.shape[0]}: give the true ones, or "
-            "merge nothing, by ratio=0 and not dynamic_ratio"
+            f"{tokens.shape[1]} tokens, but the model is given the places of {line.shape[0]}: give the true ones, "
+            f"{OR_MERGE_NOTHING}"
         )
     slots = match(tokens.detach()[:, line], height, width, kept=kept, sx=sx, sy=sy, seed=seed, tile=tile)
     if slots is None:
@@ -119,7 +120,7 @@ def match_frames(
     if count != frames * height * width:
         raise ValueError(
             f"{count} tokens are not those of {frames} frames of {height} x {width}, the grid that the model is given: "
-            "give the true one, beside coordinates as well, or merge nothing, by ratio=0 and not dynamic_ratio"
+            f"give the true one, beside coordinates as well, {OR_MERGE_NOTHING}"
         )
     each = tokens.detach().reshape(batch * frames, height * width, tokens.shape[2])
     slots = match(each, height, width, kept=kept, sx=sx, sy=sy, seed=seed, tile=tile)
