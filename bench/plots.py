@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -16,7 +17,7 @@ from bench.runs import RUNS
 from bench.suites import POINTS, YARDSTICK
 
 MARKERS = {"tome_fx": "o", "v0.1": "s", "tomesd": "^", "todo": "D", "hidiffusion": "P"}
-OURS = "tome_fx+compile"
+OURS, COLOR = "tome_fx+compile", "tab:green"
 WATERFALL = ("vanilla", "sdpa", "compile", OURS)
 
 
@@ -111,12 +112,15 @@ def _latencies(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Figure]
 
 
 def _draw_speedups(axes: Any, by_side: dict[int, dict[str, Any]]) -> None:
-    """Speed-up over `compile` against resolution."""
+    """Speed-up over `compile` against resolution: ours a broad line, for others lie on it; dotted where eager."""
     sides = list(by_side)
-    for name in (name for name, run in RUNS.items() if run.merges):
+    axes.set_prop_cycle(color=[color for color in TABLEAU_COLORS if color != COLOR])
+    for name, run in ((name, run) for name, run in RUNS.items() if run.merges):
         points = [tables.speedup(entry["rows"], "compile", name) for entry in by_side.values()]
         if any(points):
-            axes.plot(sides, [p or float("nan") for p in points], marker="o", label=name)
+            look = {"color": COLOR, "linewidth": 6, "alpha": 0.5} if name == OURS else {"linewidth": 1.2}
+            dashes = "-" if run.compiled else ":"
+            axes.plot(sides, [p or float("nan") for p in points], dashes, marker="o", markersize=4, label=name, **look)
     bounds = [entry["bounds"][OURS] for entry in by_side.values()]
     axes.plot(sides, bounds, "k--", marker="_", label=f"FLOP bound of {OURS}")
     axes.axhline(1, color="grey", linewidth=0.8)
@@ -128,7 +132,7 @@ def _draw_waterfall(axes: Any, rows: dict[str, Any]) -> None:
     """Milliseconds as techniques are added."""
     steps = [name for name in WATERFALL if name in rows and rows[name]["samples_ms"]]
     heights = [median(rows[name]["samples_ms"]) for name in steps]
-    bars = axes.bar(steps, heights, color=["0.7", "0.6", "0.5", "tab:green"][-len(steps) :])
+    bars = axes.bar(steps, heights, color=["0.7", "0.6", "0.5", COLOR][-len(steps) :])
     axes.bar_label(bars, fmt="%.0f ms")
     axes.margins(y=0.12)
     axes.set_ylabel("ms per call")
