@@ -96,7 +96,7 @@ def points(document: dict[str, Any]) -> str:
         merging = ", ".join(filter(None, _merging(case)))
         saved = ["" if case == YARDSTICK else f"{rows[case]['flops_saved'][model]:.0%}" for model in ("sd15", "sdxl")]
         lines.append([name, merging, *saved, COLUMNS["psnr"].cell(rows[case]["psnr"])])
-    heads = ["", "what is merged", "FLOPs saved, SD 1.5 at 1024 px", "SDXL at 1024 px", COLUMNS["psnr"].head]
+    heads = ["", "ratio, options", "FLOPs saved, SD 1.5 at 1024 px", "SDXL at 1024 px", COLUMNS["psnr"].head]
     return markdown.table(lines, heads)
 
 

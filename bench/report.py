@@ -2,17 +2,21 @@
 
 import argparse
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench import attention, bounds, code, cold, demo, documents, gpu, markdown, quality_tables, tables, weights
 from bench.cells import Cell
 from bench.flops import LATENTS
+from bench.runs import RUNS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+WIDTH = 120  # of a line on a page
 
 
 def machine(m: dict[str, Any]) -> str:
@@ -157,9 +161,10 @@ SECTIONS = {
 COMPUTED: dict[str, Callable[[dict[str, Any]], str]] = {
     "points": lambda results: "\n\n".join(_points(results["quality"])),
     "attention-kernels": lambda results: attention.chosen(),
+    "rows": lambda results: markdown.table([(f"`{name}`", run.about) for name, run in RUNS.items()], ("row", "it is")),
     "support-counts": lambda results: support_counts(results["support"]["features"]),
 }
-VERDICTS = {"works": "yes", "works with a condition": "yes, if", "refused": "no"}
+VERDICTS = {"works": "yes", "works with a condition": "yes, if", "refused": "refused"}
 
 
 def support(features: dict[str, Any]) -> str:
@@ -168,9 +173,9 @@ def support(features: dict[str, Any]) -> str:
     for feature, row in features.items():
         if "failed" in row["tests"].values():
             raise ValueError(f"{feature}: a test failed: {row['tests']}")
-        verdict = VERDICTS[row["verdict"]] if _shown(row) else "not shown: its test was skipped"
-        groups[row["group"]].append([feature, verdict, row["condition"]])
-    return "\n\n".join(markdown.table(lines, [group, "", "condition"]) for group, lines in groups.items())
+        told = [VERDICTS[row["verdict"]], row["condition"]] if _shown(row) else ["not shown", "its test was skipped"]
+        groups[row["group"]].append([feature, *told])
+    return "\n\n".join(markdown.table(lines, [group, "works", "if, or why not"]) for group, lines in groups.items())
 
 
 def support_counts(features: dict[str, Any]) -> str:
@@ -179,7 +184,7 @@ def support_counts(features: dict[str, Any]) -> str:
     works, condition, refused = (counts[verdict] for verdict in VERDICTS)
     return (
         f"Of {len(features)} features that have a test, {works} work, {condition} do under a condition and {refused} "
-        f"are refused with the reason; {len(features) - counts.total()} wait for a device that was not there."
+        f"are refused, each with the reason; {len(features) - counts.total()} wait for a device that was not there."
     )
 
 
@@ -202,7 +207,14 @@ def fill(texts: Mapping[Path, str], name: str, content: str) -> dict[Path, str]:
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if not any(map(pattern.search, texts.values())):
         raise ValueError(f"found no markers {begin} ... {end}")
-    return {path: pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text) for path, text in texts.items()}
+    filled = f"{begin}\n{wrapped(content)}\n{end}"
+    return {path: pattern.sub(lambda _: filled, text) for path, text in texts.items()}
+
+
+def wrapped(text: str) -> str:
+    """The text in lines of the pages' length, but for those of tables, which cannot be broken."""
+    wrap = partial(textwrap.fill, width=WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if line.startswith("|") else wrap(line) for line in text.splitlines())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

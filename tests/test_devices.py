@@ -254,7 +254,7 @@ def test_a_deep_copy_merges_too_and_has_a_ratio_of_its_own(enable: Enable | None
         set_ratio(changed, 0.5)
 
 
-@supports("Pickling", REFUSED)
+@supports("Pickling", REFUSED, "its class is generated: use save_pretrained")
 @pytest.mark.parametrize("write", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())], ids=["dumps", "save"])
 @pytest.mark.parametrize("ratio", [0.5, 0])
 def test_pickling_a_transformed_model_is_an_error_that_says_what_to_do(

@@ -155,7 +155,7 @@ SCORE = {"requires_aesthetics_score": lambda: True}
 CONTROL = {"controlnet": models.controlnet}
 CONTROLS = {"controlnet": lambda: [copy.deepcopy(models.controlnet()) for _ in range(2)]}
 SINGLY = "its ControlNets transformed one by one"
-FRAMEWISE = "merged in the blocks over single frames, never in those over time"
+FRAMEWISE = "blocks over single frames alone are merged"
 CASES = {
     "text": Case("Stable Diffusion 1", "StableDiffusion", sd15),
     "image": Case("Stable Diffusion 1", "StableDiffusionImg2Img", sd15, PART),
@@ -367,10 +367,17 @@ KIND = "model must be a .* got UNetSpatioTemporalConditionModel"
 @pytest.mark.parametrize(
     "build, size, call, error, words",
     [
-        pytest.param(kandinsky, (4,), EMBEDDING, TransformError, FOUND, marks=supports("Kandinsky 2.2", REFUSED)),
-        pytest.param(stable_video, (2, 8), TIMES, TypeError, KIND, marks=supports("Stable Video Diffusion", REFUSED)),
+        pytest.param(
+            *(kandinsky, (4,), EMBEDDING, TransformError, FOUND),
+            id="kandinsky",
+            marks=supports("Kandinsky 2.2", REFUSED, "it has none of the blocks that are known"),
+        ),
+        pytest.param(
+            *(stable_video, (2, 8), TIMES, TypeError, KIND),
+            id="svd",
+            marks=supports("Stable Video Diffusion", REFUSED, "its UNet is of another kind"),
+        ),
     ],
-    ids=["kandinsky", "svd"],
 )
 def test_a_unet_of_other_blocks_is_refused_and_left_as_it_is(
     build: Build, size: tuple[int, ...], call: dict[str, Any], error: type[Exception], words: str

@@ -210,7 +210,6 @@ def test_odd_tiny_and_wide_latents_are_merged_as_by_wrapped_children(
     assert torch.equal(ours, output(model, arguments)) != merges
 
 
-@holds("An empty batch", "refused")
 @pytest.mark.parametrize("build", [one_block, two_stages, controlnet])
 @pytest.mark.parametrize("options", [{}, {"dynamic_ratio": True}], ids=str)
 def test_an_empty_batch_is_an_error_that_names_the_batch(build: Callable[[], Any], options: dict[str, Any]) -> None:

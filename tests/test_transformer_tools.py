@@ -112,7 +112,7 @@ def test_the_command_explains_a_transformer_of_a_folder(name: str, part: str, tm
     assert capsys.readouterr().out == f"{expected}\n"
 
 
-@supports("Context parallelism", REFUSED, group="Diffusion transformers")
+@supports("Context parallelism", REFUSED, "each process would merge its part of the tokens", "Diffusion transformers")
 @pytest.mark.parametrize("merge_block", [False, True])
 @pytest.mark.parametrize("name", ["flux", "qwen"])
 def test_a_model_whose_tokens_are_shared_out_among_processes_is_refused(

@@ -64,6 +64,11 @@ scopes = pytest.mark.parametrize("scope", [{"merge_block": True}, {"merge_block"
 some = pytest.mark.parametrize("name", slow_but(["flux"], MODELS))
 
 
+def refuses(feature: str, why: str) -> pytest.MarkDecorator:
+    """Marks a test as showing that something is refused."""
+    return supports(feature, "refused", why, "Diffusion transformers")
+
+
 def compiled(*later: str) -> pytest.MarkDecorator:
     """The first models in both scopes, and later ones merged whole: all but one of these slow."""
     cases = [
@@ -253,7 +258,9 @@ def test_a_cache_of_blocks_serves_models_whose_attention_alone_is_merged(name: s
             assert relative_error(output(result, inputs(result)), expected) < 1e-6
 
 
-@supports("TaylorSeer, Pyramid Attention Broadcast", "refused", group="Diffusion transformers")
+@supports(
+    "TaylorSeer, Pyramid Attention Broadcast", "refused", "they keep what merged tokens gave", "Diffusion transformers"
+)
 @pytest.mark.parametrize(
     "cache, hook",
     [
@@ -530,7 +537,12 @@ def test_each_token_of_a_video_may_have_a_time_step_of_its_own(scope: dict[str, 
     assert torch.equal(output(transformed(model, 0, **scope), told), output(model, told))
 
 
-@supports("LTX-Video told coordinates, as for conditions", "refused", group="Diffusion transformers")
+@supports(
+    "LTX-Video told coordinates, as for conditions",
+    "refused",
+    "the grid cannot be read from them",
+    "Diffusion transformers",
+)
 @scopes
 def test_a_video_that_is_told_by_coordinates_alone_is_refused_in_words(scope: dict[str, Any]) -> None:
     arguments = inputs(MODELS["ltx"]())
@@ -733,7 +745,9 @@ def test_caches_that_keep_tokens_are_refused_where_there_are_merged_ones() -> No
         output(result, inputs(flux()))
 
 
-@supports("Qwen-Image with zero_cond_t", "refused", group="Diffusion transformers")
+@supports(
+    "Qwen-Image with zero_cond_t", "refused", "its forward goes through pictures one by one", "Diffusion transformers"
+)
 def test_a_qwen_that_modulates_by_picture_is_refused_with_the_reason() -> None:
     model = type(qwen()).from_config(qwen().config, zero_cond_t=True)
     with pytest.raises(TransformError, match=r"zero_cond_t=True cannot have merged tokens: its forward goes through"):
@@ -747,7 +761,12 @@ def test_models_that_are_not_known_are_refused_with_those_that_are() -> None:
         transformed(nn.Linear(2, 2))
 
 
-@supports("Sana, Z-Image, Lumina 2, HunyuanVideo", "refused", group="Diffusion transformers")
+@supports(
+    "Sana, Z-Image, Lumina 2, HunyuanVideo",
+    "refused",
+    "convolutions over the grid, or branches on data",
+    "Diffusion transformers",
+)
 def test_models_that_cannot_have_merged_tokens_are_refused_with_the_reason() -> None:
     sana = SanaTransformer2DModel(
         in_channels=4,

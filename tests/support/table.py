@@ -52,8 +52,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def _check_row(group: str, feature: str, verdict: str, condition: str = "") -> None:
-    """A feature has one verdict, however many tests show it, and a condition where the verdict speaks of one."""
-    if verdict not in VERDICTS or bool(condition) != (verdict == VERDICTS[1]):
+    """A feature has one verdict, however many tests show it, and its condition, or why it is refused."""
+    if verdict not in VERDICTS or bool(condition) != (verdict != VERDICTS[0]):
         raise pytest.UsageError(f"supports: {feature}: verdict {verdict!r} with condition {condition!r}")
     row = {"group": group, "verdict": verdict, "condition": condition, "tests": {}}
     if SUPPORT.setdefault(feature, row) | {"tests": {}} != row:
