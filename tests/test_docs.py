@@ -35,6 +35,7 @@ GENERATED = re.compile(r"<!-- bench:(\S+) -->.*?<!-- /bench:\1 -->", re.DOTALL)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of diffusers' Euler scheduler
 ]
 
 
