@@ -2,8 +2,9 @@
 
     python examples/aoti.py --model FOLDER_OR_ID --ratio 0.5 --package unet.pt2
 
-A process that only runs the package needs the last part alone, and neither tome_fx nor the weights of the UNet. A
-package has the ratio and the sizes that it was exported with, and is for the kind of device that it was compiled on.
+A process that only runs the package needs `aoti_load_package` and what calls it, and neither tome_fx nor the weights of
+the UNet: the last part of this script, with a UNet of the same config. A package has the ratio and the sizes that it
+was exported with, and is for the kind of device that it was compiled on.
 """
 
 import argparse

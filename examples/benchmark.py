@@ -1,9 +1,10 @@
-"""Your own card: a page to post, of a pipeline as it is, compiled, and merged and compiled.
+"""Your own card: a page to post, of a pipeline as it is and merged, each compiled and eager.
 
     python examples/benchmark.py --model FOLDER_OR_ID --sizes 512 768 1024 --ratios 0.25 0.5
 
-A time is that of one step, the median of all but the first, which compiles. Memory is the most that PyTorch held on the
-GPU meanwhile. The bound is what merging would gain if time went with FLOPs alone. Merging pays most at large sizes.
+A time is that of one step, the median of all but the first, which compiles, a minute or more. Memory is the most that
+PyTorch held on a CUDA device meanwhile. The bound is what merging would gain if time went with FLOPs alone. Merging
+pays most at large sizes.
 """
 
 import argparse
@@ -31,6 +32,7 @@ args = tiny.parse(parser)
 if args.steps < 2:
     parser.error(f"--steps must be at least 2, for the first one compiles; got {args.steps}")
 gpu = torch.device(args.device).type == "cuda"
+accelerated = torch.device(args.device).type != "cpu"
 
 pipe = AutoPipelineForText2Image.from_pretrained(args.model or tiny.stable_diffusion(), torch_dtype=args.dtype)
 pipe.to(args.device)
@@ -46,8 +48,8 @@ def measure(model: Any, size: int) -> tuple[float, float, float | None]:
     times = [time.perf_counter()]
 
     def ended(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if gpu:
-            torch.cuda.synchronize(args.device)
+        if accelerated:
+            torch.accelerator.synchronize(args.device)
         times.append(time.perf_counter())
         return tensors
 
@@ -63,17 +65,22 @@ def measure(model: Any, size: int) -> tuple[float, float, float | None]:
 device = torch.cuda.get_device_name(args.device) if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
 print(f"{args.model or 'tiny'}, {args.dtype}, batch {args.batch}, merge_block={args.merge_block}")
 print(f"{device}; torch {torch.__version__}, diffusers {diffusers.__version__}, tome_fx {tome_fx.__version__}")
-print(f"{'px':>6} {'model':<18} {'ms':>9} {'over compile':>13} {'bound':>7} {'first, s':>9} {'GiB':>6}")
+print(f"{'px':>6} {'model':<22} {'ms':>9} {'over compile':>13} {'bound':>7} {'first, s':>9} {'GiB':>6}")
 for size in args.sizes or [made_for * pipe.vae_scale_factor]:
-    eager = measure(stock, size)
+    side = size // pipe.vae_scale_factor
     torch._dynamo.reset()  # so that a size does not count as a recompile of the one before
-    compiled = measure(torch.compile(stock, fullgraph=True), size)
-    rows = [("eager", eager, 1.0), ("compile", compiled, 1.0)]
-    for ratio in args.ratios:
-        merged = tome_fx.transform(stock, ratio, merge_block=args.merge_block)
-        side = size // pipe.vae_scale_factor
-        bound = tome_fx.explain(merged, side, side).bound
-        rows.append((f"{ratio} + compile", measure(torch.compile(merged, fullgraph=True), size), bound))
-    for name, (ms, first, memory), bound in rows:
-        gain, held = f"{compiled[0] / ms:.2f}x", "-" if memory is None else f"{memory:.2f}"
-        print(f"{size:>6} {name:<18} {ms:>9.2f} {gain:>13} {bound:>6.2f}x {first:>9.1f} {held:>6}")
+    yardstick = None
+    for ratio, compiled in itertools.product((0, *args.ratios), (True, False)):
+        name = (f"merged {ratio:g}" if ratio else "stock") + (" + compile" if compiled else "")
+        print(f"{size:>6} {name:<22}", end="", flush=True)  # before it is measured, which may take minutes
+        model = tome_fx.transform(stock, ratio, merge_block=args.merge_block) if ratio else stock
+        bound = f"{tome_fx.explain(model, side, side).bound:.2f}x" if ratio else "-"
+        try:
+            ms, first, memory = measure(torch.compile(model, fullgraph=True) if compiled else model, size)
+        except torch.OutOfMemoryError:
+            print(" out of memory")
+            continue
+        if not ratio and compiled:
+            yardstick = ms
+        gain = f"{yardstick / ms:.2f}x" if yardstick else "-"
+        print(f" {ms:>9.2f} {gain:>13} {bound:>7} {first:>9.1f} {'-' if memory is None else f'{memory:.2f}':>6}")

@@ -2,7 +2,7 @@
 
     python examples/controlnet_schedule.py --model FOLDER_OR_ID --controlnet FOLDER_OR_ID --image edges.png
 
-Early steps lay out the image, so that merging late moves it far less. Both models are compiled once for each of the two
+Early steps lay out the image, so that merging late moves it less. Both models are compiled once for each of the two
 ratios, in the first image.
 """
 

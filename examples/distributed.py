@@ -21,7 +21,8 @@ parser.add_argument("--prompts", type=Path, help="a file with a prompt in each l
 parser.add_argument("--ratio", type=float, default=0.5, help="share of the tokens to remove")
 parser.add_argument("--output", type=Path, default=Path("images"), help="folder of the images")
 args = tiny.parse(parser)
-prompts = args.prompts.read_text().splitlines() if args.prompts else [f"a {c} circle" for c in ("red", "blue", "green")]
+lines = args.prompts.read_text().splitlines() if args.prompts else [f"a {c} circle" for c in ("red", "blue", "green")]
+prompts = [line for line in lines if line.strip()]
 
 rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # which torchrun sets
 device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device

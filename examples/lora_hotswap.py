@@ -22,6 +22,8 @@ parser.add_argument("--loras", nargs="+", metavar="LORA", help="folders, ids or 
 parser.add_argument("--rank", type=int, default=64, help="the largest rank of the LoRAs")
 parser.add_argument("--output", type=Path, default=Path("loras"), help="folder of the images")
 args = tiny.parse(parser)
+if args.loras and len(args.loras) < 2:
+    parser.error("--loras must be two or more, the second of which takes the place of the first; got one")
 loras = args.loras or [tiny.lora(rank, seed=rank) for rank in (4, 8, 2)]
 
 pipe = StableDiffusionPipeline.from_pretrained(args.model or tiny.stable_diffusion(), torch_dtype=args.dtype)

@@ -10,6 +10,7 @@ import argparse
 import copy
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import tiny
@@ -23,6 +24,7 @@ RATIOS = {"best": 0.0, "fast": 0.5}
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--prompt", default="a red circle left of a blue square")
 parser.add_argument("--seeds", type=int, default=2, help="how many images of each quality to ask for")
+parser.add_argument("--output", type=Path, default=Path("served"), help="folder of the images")
 args = tiny.parse(parser)
 
 stock = StableDiffusionPipeline.from_pretrained(args.model or tiny.stable_diffusion(), torch_dtype=args.dtype)
@@ -56,4 +58,7 @@ threads = {quality: ThreadPoolExecutor(max_workers=1) for quality in RATIOS}  # 
 requests = [(quality, seed) for seed in range(args.seeds) for quality in RATIOS]
 waiting = {request: threads[request[0]].submit(image, *request) for request in requests}
 images = {request: future.result() for request, future in waiting.items()}
-print(f"{len(images)} images of {len(RATIOS)} qualities from one copy of the weights")
+args.output.mkdir(parents=True, exist_ok=True)
+for (quality, seed), result in images.items():
+    result.save(args.output / f"{quality}-{seed}.png")
+print(f"{len(images)} images of {len(RATIOS)} qualities from one copy of the weights: {args.output}")

@@ -41,8 +41,6 @@ from transformers import (
     T5TokenizerFast,
 )
 
-_folders = tempfile.mkdtemp(prefix="tome_fx-examples-")
-atexit.register(shutil.rmtree, _folders)
 TEXT = 16  # channels of text
 CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
 NOISE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -57,11 +55,11 @@ def parse(parser: argparse.ArgumentParser, half: str = "float16") -> argparse.Na
     parser.add_argument(
         "--model", metavar="FOLDER_OR_ID", help="the pipeline; without it, a tiny one of random weights"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], help=f"default: {half}, on a CPU float32"
     )
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="default: %(default)s")
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else half))
     return args
@@ -195,8 +193,16 @@ def _t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast.from_pretrained(folder, extra_ids=0)
 
 
+@functools.cache
+def _folders() -> str:
+    """The folder of all folders, which is gone when the process ends."""
+    folder = tempfile.mkdtemp(prefix="tome_fx-examples-")
+    atexit.register(shutil.rmtree, folder)
+    return folder
+
+
 def _folder() -> Path:
-    return Path(tempfile.mkdtemp(dir=_folders))
+    return Path(tempfile.mkdtemp(dir=_folders()))
 
 
 def _saved(model: Any) -> Path:

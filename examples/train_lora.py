@@ -3,10 +3,12 @@
     python examples/train_lora.py --model FOLDER_OR_ID --pictures FOLDER --prompt "a photo of sks dog" --steps 500
 
 Only the LoRA learns: gradients go through merging. What is saved is a plain LoRA, for merged models and others.
+Pictures are cut to squares of the model's size. On a GPU it computes in bfloat16: float16 would need its losses scaled.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import tiny
 import torch
@@ -17,20 +19,36 @@ from torch.nn.functional import mse_loss
 
 import tome_fx
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="pictures; without it, four of plain colours")
 parser.add_argument("--prompt", default="a red circle left of a blue square")
 parser.add_argument("--ratio", type=float, default=0.5, help="share of the tokens to remove")
-parser.add_argument("--rank", type=int, default=4)
-parser.add_argument("--lr", type=float, default=1e-4)
+parser.add_argument("--rank", type=int, default=4, help="of the LoRA")
+parser.add_argument("--lr", type=float, default=1e-4, help="how fast it learns")
 parser.add_argument("--output", default="lora", help="folder of the LoRA")
 args = tiny.parse(parser, half="bfloat16")
+if args.dtype == torch.float16:
+    parser.error("--dtype must be bfloat16 or float32, for small gradients vanish in float16; got float16")
+torch.manual_seed(0)
 
 pipe = StableDiffusionPipeline.from_pretrained(args.model or tiny.stable_diffusion(), torch_dtype=args.dtype)
 pipe.to(args.device)
 side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+
+
+def square(picture: Any) -> Any:
+    """The middle of a picture, in the model's size."""
+    left, top = ((length - min(picture.size)) // 2 for length in picture.size)
+    return picture.resize((side, side), box=(left, top, left + min(picture.size), top + min(picture.size)))
+
+
 if args.pictures:
-    pictures = [load_image(str(path)).resize((side, side)) for path in sorted(args.pictures.iterdir())]
+    paths = sorted(path for path in args.pictures.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        parser.error(f"--pictures must have files that end in {', '.join(SUFFIXES)}, found none in {args.pictures}")
+    pictures = [square(load_image(str(path))) for path in paths]
     pixels = pipe.image_processor.preprocess(pictures)  # [N, 3, side, side], -1 to 1
 else:
     pixels = torch.rand(4, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(-1, -1, side, side) * 2 - 1
@@ -51,7 +69,6 @@ optimizer = torch.optim.AdamW(learning, args.lr)
 scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
 unet.train()
 
-torch.manual_seed(0)
 for step in range(args.steps):
     picture = latents[step % len(latents)][None]
     timestep = torch.randint(scheduler.config.num_train_timesteps, (1,), device=args.device)

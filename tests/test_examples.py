@@ -67,8 +67,10 @@ def test_an_image_is_made_by_a_merged_model_that_is_compiled_as_one_graph(
 ) -> None:
     example("image", "--steps", "2", "--ratio", "0.25", "--output", "merged.png")
     assert counter.frame_count == 1
-    assert "64 x 64 px, a share of 0.25 of the tokens merged: merged.png" in capsys.readouterr().out
-    example("image", "--steps", "2", "--ratio", "0", "--output", "plain.png")
+    assert "64 x 64 px, 25% of the tokens merged: merged.png" in capsys.readouterr().out
+    example("image", "--steps", "2", "--ratio", "0", "--eager", "--output", "plain.png")
+    assert counter.frame_count == 1
+    assert "first image: " in capsys.readouterr().out
     assert not torch.equal(pixels("merged.png"), pixels("plain.png"))
 
 
@@ -100,10 +102,12 @@ def test_sdxl_is_compiled_once_for_all_blocks(
 def test_flux_is_compiled_once_for_each_kind_of_block(
     example: Example, counter: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = example("flux", "--steps", "2", "--size", "64")["pipe"].transformer.tome_fx.plan
-    assert (plan.ratio, plan.merge_block) == (0.25, True)
+    found = example("flux", "--steps", "2", "--size", "64")
+    assert found["pipe"].transformer.tome_fx.plan.merge_block
+    assert list(found["schedule"].ratios) == [0, 0.5]
     assert pixels("flux.png").shape == (64, 64, 3)
-    assert counter.frame_count == 3  # two kinds; of the second the first is given tokens of other strides, as in stock
+    # two kinds; of the second the first is given tokens of other strides, as in stock; and both ratios
+    assert counter.frame_count == 2 * 3
     assert "no recompile: flux.png" in capsys.readouterr().out
 
 
@@ -167,6 +171,7 @@ def test_two_threads_serve_what_one_thread_makes_from_one_copy_of_the_weights(ex
             (alone,) = pipe(found["args"].prompt, num_inference_steps=2, generator=generator).images
             assert alone.tobytes() == images[quality, seed].tobytes()
     assert images["best", 0].tobytes() != images["fast", 0].tobytes()
+    assert not torch.equal(pixels("served/best-2.png"), pixels("served/fast-2.png"))
 
 
 def test_processes_share_out_the_prompts_and_make_the_images_of_one(
@@ -174,9 +179,10 @@ def test_processes_share_out_the_prompts_and_make_the_images_of_one(
 ) -> None:
     example("distributed", "--steps", "2", "--output", "one")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    Path("prompts.txt").write_text("a red circle\n\na blue circle\na green circle\n  \n")  # the example's own
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
-        example("distributed", "--steps", "2", "--output", "two")
+        example("distributed", "--steps", "2", "--output", "two", "--prompts", "prompts.txt")
         assert len(list(Path("two").iterdir())) == (2, 3)[rank]
     assert capsys.readouterr().out.count("process 0 of 2") == 2
     for number in range(3):
@@ -216,11 +222,35 @@ def test_a_lora_is_learnt_through_a_merged_unet_and_saved_for_a_plain_one(exampl
 def test_pictures_to_learn_from_are_those_of_a_folder(example: Example, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     for number, colour in enumerate(("red", "blue")):
-        Image.new("RGB", (40, 30), colour).save(tmp_path / "pictures" / f"{number}.png")
+        picture = Image.new("RGB", (90, 30), "white")  # whose middle is kept, and as wide as high
+        picture.paste(colour, (30, 0, 60, 30))
+        picture.save(tmp_path / "pictures" / f"{number}.png")
+    (tmp_path / "pictures" / "captions.txt").write_text("no picture")
     found = example("train_lora", "--steps", "1", "--pictures", "pictures")
     assert found["pixels"].shape == (2, 3, 64, 64)
     assert found["pixels"][0, :, 5, 5].tolist() == [1, -1, -1]
     assert found["pixels"][1, :, 5, 5].tolist() == [-1, -1, 1]
+
+
+@pytest.mark.parametrize(
+    "name, arguments, words",
+    [
+        ("train_lora", ["--dtype", "float16"], "--dtype must be bfloat16 or float32"),
+        (
+            "train_lora",
+            ["--pictures", "."],
+            "--pictures must have files that end in .jpg, .jpeg, .png, .webp, found none",
+        ),
+        ("lora_hotswap", ["--loras", "one"], "--loras must be two or more"),
+    ],
+)
+def test_what_an_example_cannot_do_is_a_usage_error(
+    example: Example, capsys: pytest.CaptureFixture[str], name: str, arguments: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        example(name, *arguments)
+    assert raised.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_benchmark_is_a_page_with_a_row_for_each_model(
@@ -233,10 +263,23 @@ def test_a_benchmark_is_a_page_with_a_row_for_each_model(
     assert f"torch {torch.__version__}" in machine
     assert columns.split() == ["px", "model", "ms", "over", "compile", "bound", "first,", "s", "GiB"]
     number = r" +(\d+\.\d+)"
-    found = [re.fullmatch(rf" +32 (.+?) *{number}{number}x{number}x{number} +-", row) for row in rows]
-    assert [row and row[1] for row in found] == ["eager", "compile", "0.5 + compile"]
-    assert [row and float(row[3]) for row in found][1] == 1  # compile over itself
-    assert [row and float(row[4]) > 1 for row in found] == [False, False, True]
+    found = [re.fullmatch(rf" +32 (.+?) *{number}{number}x(?: +-|{number}x){number} +-", row) for row in rows]
+    assert [row and row[1] for row in found] == ["stock + compile", "stock", "merged 0.5 + compile", "merged 0.5"]
+    assert next(row and float(row[3]) for row in found) == 1  # compile over itself
+    assert [row and row[4] and float(row[4]) > 1 for row in found] == [None, None, True, True]
+
+
+def test_a_benchmark_goes_on_after_what_has_no_memory(
+    example: Example, counter: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    example("benchmark", "--steps", "2", "--sizes", "32", "--ratios", "0.5")
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[-3:] == ["out", "of", "memory"] for row in rows] == [True, False, True, False]
+    assert "-" in rows[1]  # nothing to be over
 
 
 def test_a_benchmark_of_one_step_is_a_usage_error(example: Example, capsys: pytest.CaptureFixture[str]) -> None:
