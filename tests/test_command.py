@@ -3,6 +3,7 @@
 That it explains transformers is in test_transformer_tools.py.
 """
 
+import inspect
 import json
 import subprocess
 import sys
@@ -102,6 +103,30 @@ def test_arguments_that_will_not_do_are_refused_in_words(
     arguments: tuple[str, ...], message: str, folder: str, capsys: Any
 ) -> None:
     assert refused(capsys, "explain", folder, *SIZE, *arguments).endswith(f"error: {message}")
+
+
+def test_an_unknown_option_is_refused_with_the_usage_of_its_command(folder: str, capsys: Any) -> None:
+    said = refused(capsys, "explain", folder, *SIZE, "--tiles", "3")
+    assert said.startswith("usage: python -m tome_fx explain FOLDER_OR_ID --height")
+    assert said.endswith("python -m tome_fx explain: error: unrecognized arguments: --tiles 3")
+
+
+def test_help_describes_each_option_by_its_sentence_in_transform(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain", "--help"])
+    assert stopped.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--tile TILE Side of the squares of tokens within which tokens are matched and ranked. Default: 32" in said
+    assert '1, 2, 4 or 8; "finest" is the finest level that has attention' in said
+    assert "--merge-mlp, --no-merge-mlp Merge around the feed-forward as well. Default: False" in said
+    assert said.count("Default: ") == len(inspect.signature(tome_fx.transform).parameters) - 1
+
+
+def test_the_version_is_told(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"tome_fx {tome_fx.__version__}\n"
 
 
 def test_what_is_missing_is_named(folder: str, capsys: Any) -> None:

@@ -3,12 +3,13 @@
 import argparse
 import ast
 import inspect
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_type_hints
 
 from tome_fx.api import transform
 from tome_fx.families.folders import from_folder
-from tome_fx.plan import TransformError
+from tome_fx.plan import TransformError, __version__
 from tome_fx.tools.explain import Report, explain
 from tome_fx.tools.info import info
 
@@ -18,19 +19,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tome_fx", description="Token merging for diffusers models.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"tome_fx {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    command = commands.add_parser("info", help="versions, devices and backends, for a bug report")
+    what = "versions, devices and backends, for a bug report"
+    command = commands.add_parser("info", help=what, description=f"Print {what}.")
     command.set_defaults(command=command, run=info)
     command = commands.add_parser(
         "explain",
         help="what merging saves in the model of a folder, by its config alone",
-        usage="%(prog)s FOLDER --height ROWS --width COLUMNS [--ratio RATIO] [options of tome_fx.transform]",
+        usage="%(prog)s FOLDER_OR_ID --height ROWS --width COLUMNS [--ratio RATIO] [options of tome_fx.transform]",
         description="What merging saves in a model, by its config alone: no weights are read.",
         allow_abbrev=False,
     )
     command.set_defaults(command=command, run=explain_folder)
     command.add_argument(
-        "folder", metavar="FOLDER", help="of a pipeline with a UNet or a transformer, or of such a model"
+        "folder",
+        metavar="FOLDER_OR_ID",
+        help="of a pipeline with a UNet or a transformer, or of such a model; an id of what is in the hub's cache",
     )
     for name, side in (("height", "rows"), ("width", "columns")):
         command.add_argument(
@@ -38,11 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             type=value,
             required=True,
             metavar=side.upper(),
-            help=f"latent {side}, an eighth of the image's pixels for Stable Diffusion",
+            help=f"latent {side}: for Stable Diffusion an eighth of the image's pixels, 128 for 1024 px",
         )
     add_options(command)
-    given = vars(parser.parse_args(arguments))
+    parsed, unknown = parser.parse_known_args(arguments)
+    given = vars(parsed)
     command, run = given.pop("command"), given.pop("run")
+    if unknown:
+        command.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         print(run(**given))
     except (TypeError, ValueError, TransformError) as error:
@@ -56,8 +64,8 @@ def explain_folder(folder: str, height: int, width: int, **options: Any) -> Repo
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """The options of `transform` by their names; one that is not given is left to it."""
-    group = command.add_argument_group("options of tome_fx.transform", "All are described there.")
-    types = get_type_hints(transform)
+    group = command.add_argument_group("options of tome_fx.transform", "More is said there.")
+    types, sentences = get_type_hints(transform), dict(first_sentences(transform))
     for name, parameter in inspect.signature(transform).parameters.items():
         if parameter.default is parameter.empty:  # the model
             continue
@@ -65,7 +73,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
         if bool in (types[name], *get_args(types[name])):
             how = {"action": argparse.BooleanOptionalAction}
         flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, **how, default=argparse.SUPPRESS, help=f"{parameter.default} if not given")
+        told = f"{sentences.get(name, '')} Default: {parameter.default}"
+        group.add_argument(flag, **how, default=argparse.SUPPRESS, help=told.replace("%", "%%"))
+
+
+def first_sentences(function: Any) -> Iterator[tuple[str, str]]:
+    """Each argument of a function and the first sentence of what its docstring says of it; none under `python -OO`."""
+    _, _, arguments = (inspect.getdoc(function) or "").partition("\nArgs:\n")
+    for name, told in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE):
+        yield name, re.split(r"(?<=\.) ", " ".join(told.split()))[0].rstrip(".") + "."
 
 
 def value(text: str) -> Any:

@@ -13,7 +13,7 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft"
 
 
 def info() -> str:
-    """A table for people to paste: versions, devices, the SDPA backends that are enabled, the models known."""
+    """A table for people to paste: versions, devices, the SDPA backends that are allowed, the models known."""
     from tabulate import tabulate  # only tables need it
 
     rows = [
@@ -22,7 +22,7 @@ def info() -> str:
         *((name, _version(name)) for name in PACKAGES),
         ("torch is built for", _built_for()),
         ("devices", "\n".join(_devices())),
-        ("SDPA backends enabled", ", ".join(_sdpa_backends())),
+        ("SDPA backends allowed", ", ".join(_sdpa_backends())),
         ("models", "\n".join(name for family in FAMILIES for name in family.NAMES)),
     ]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
