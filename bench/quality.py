@@ -21,7 +21,7 @@ from bench.options import add_merging, merging, note_given, refuse_idle
 from bench.pipelines import load, prompts_for, sides
 from bench.quality_tables import table
 from bench.shapes.scenes import SIDE, draw
-from bench.suites import SUITES
+from bench.suites import POINTS, SUITES
 from bench.variants import VARIANTS, apply, check, merged, predict
 
 NOTE = "The i-th image of every row is from seed i and prompt i."
@@ -231,5 +231,7 @@ def main(arguments: argparse.Namespace) -> None:
         size={name: value for name in ("height", "width") if (value := getattr(a, name))},
     )
     if a.grid:
-        viz.grid(a.grid, {case.title: list(images) for case, images in pictures.items()}, document["prompts"][:4])
+        names = {case: f"{name}: " for name, case in POINTS.items()}
+        columns = {f"{names.get(case, '')}{case.title}": list(images) for case, images in pictures.items()}
+        viz.grid(a.grid, columns, document["prompts"][:4])
     print(f"{document['note']}\n\n{table(document)}\n\nwritten to {a.json}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import matplotlib as mpl
 import pytest
@@ -484,7 +485,11 @@ def test_the_command_writes_a_map_of_each_site_and_a_grid_of_each_row(tmp_path: 
     quality.main(parser.parse_args([*given, "--map", str(tmp_path / "map.png")]))
     assert not (tmp_path / "q.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["map.png"]
+    grid_of = Mock(side_effect=viz.grid)
+    monkeypatch.setattr(viz, "grid", grid_of)
     quality.main(parser.parse_args([*given, *rows, "--grid", str(tmp_path / "grid.png")]))
+    (_, columns, _) = grid_of.call_args.args
+    assert "balanced: tome_fx, ratio 0.5" in columns  # one of those that the pages advise, by its name
     assert (tmp_path / "q.json").exists()
     with Image.open(tmp_path / "map.png") as maps, Image.open(tmp_path / "grid.png") as grid:
         assert maps.size[1] > 2.5 * grid.size[1]  # three sites, one prompt
