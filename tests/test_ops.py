@@ -687,7 +687,8 @@ def test_tiles_laid_out_for_a_symbolic_size_give_the_slot_map_of_a_known_one(
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_a_tile_of_a_symbolic_size_has_a_number_of_places() -> None:
+@pytest.mark.parametrize("bounds", [{}, {"min": 4, "max": 64}], ids=["", "bounds"])
+def test_a_tile_of_a_symbolic_size_has_a_number_of_places(bounds: dict[str, int]) -> None:
     shapes: list[Any] = []
 
     def backend(graph: Any, _: Any) -> Any:
@@ -698,7 +699,10 @@ def test_a_tile_of_a_symbolic_size_has_a_number_of_places() -> None:
     def site(image: Tensor) -> Any:
         return site_of_any_size(image, "0.5", 16)  # an argument would be a symbol too
 
-    torch.compile(site, backend=backend, fullgraph=True, dynamic=True)(torch.randn(2, 6, 16, 20))
+    image = torch.randn(2, 6, 16, 20)
+    for side in (2, 3):
+        torch._dynamo.mark_dynamic(image, side, **bounds)
+    torch.compile(site, backend=backend, fullgraph=True)(image)
     ((_, tiles, sources, destinations),) = shapes
     assert [isinstance(size, int) for size in (tiles, sources, destinations)] == [False, True, True]
     assert (sources, destinations) == (18 * 18 - 81, 81)

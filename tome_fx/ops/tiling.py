@@ -90,8 +90,7 @@ class Tiles:
         """
         # See NOTE [Room where a size is symbolic].
         down, right = (
-            Side.of(size, stride, tile, roomy=not statically_known_true(size < UNBOUNDED))
-            for size, stride in ((height, sy), (width, sx))
+            Side.of(size, stride, tile, roomy=not _is_number(size)) for size, stride in ((height, sy), (width, sx))
         )
         rows, columns = _edges(down, device), _edges(right, device)
         number = _tile_numbers(down.tiles * right.tiles, device)[:, None]
@@ -202,6 +201,12 @@ class Tiles:
 def once(values: Tensor) -> Tensor:
     """The same values: see NOTE [Written down once]."""
     return values.as_strided(values.shape, values.stride())
+
+
+def _is_number(size: int) -> bool:
+    """Whether a size is known: a symbolic one may be beyond all bounds, or, with bounds, even or odd."""
+    parity = statically_known_true(size % 2 == 0) or statically_known_true(size % 2 == 1)
+    return parity and statically_known_true(size < UNBOUNDED)
 
 
 def _tile_numbers(tiles: int, device: torch.device) -> Tensor:
