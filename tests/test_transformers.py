@@ -12,6 +12,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -787,6 +788,14 @@ def test_models_that_cannot_have_merged_tokens_are_refused_with_the_reason() -> 
     import diffusers
 
     assert all(inspect.isclass(getattr(diffusers, known)) for known in (*FACTS, *CANNOT))
+
+
+@some
+@scopes
+@pytest.mark.parametrize("flag", [0, 1, np.False_])
+def test_a_flag_is_taken_for_what_it_is_in_a_condition(scope: dict[str, Any], name: str, flag: Any) -> None:
+    result, arguments = transformed(MODELS[name](), **scope), inputs(MODELS[name]())
+    assert type(result(**arguments, return_dict=flag)) is type(result(**arguments, return_dict=bool(flag)))
 
 
 @models

@@ -87,8 +87,11 @@ def _parameter_list(parameters: list[Parameter]) -> str:
 
 
 def _kind_call(parameter: Parameter, half: bool) -> str:
-    of_many = parameter.kind is Parameter.VAR_POSITIONAL
-    value = f"dict(enumerate({parameter.name}))" if of_many else parameter.name
+    value = parameter.name
+    if parameter.kind is Parameter.VAR_POSITIONAL:
+        value = f"dict(enumerate({value}))"
+    elif isinstance(parameter.default, bool):  # a flag, which may be given as 0 or 1
+        value = f"{value} if {value} is None else bool({value})"
     return f"_kind({value}{', half=True' if half else ''})"
 
 
