@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model
 from support.compiling import raised_while_compiling
 from support.models import (
     blocks,
@@ -127,8 +128,15 @@ def test_a_stride_may_be_as_large_as_the_finest_grid_with_attention(options: dic
         (nn.Linear(2, 2), r"got Linear$"),
         (None, r"got NoneType$"),
         (types.SimpleNamespace(unet=None), r"got SimpleNamespace; pass pipe\.unet, not the pipeline$"),
+        (nn.DataParallel(two_stages()), r"got DataParallel; pass its module$"),
+        (nn.ModuleDict({"unet": two_stages()}), r"got ModuleDict; pass its unet$"),
+        (nn.ModuleDict({"unet": nn.Linear(2, 2)}), r"got ModuleDict$"),
+        (
+            get_peft_model(copy.deepcopy(two_stages()), LoraConfig(target_modules=["to_q"])),
+            r"got PeftModel; pass its model$",
+        ),
     ],
-    ids=["linear", "none", "pipeline"],
+    ids=["linear", "none", "pipeline", "replicas", "wrapped", "wrapped other", "peft"],
 )
 def test_what_is_not_a_unet_is_a_type_error(model: Any, message: str) -> None:
     with pytest.raises(TypeError, match=r"model must be a UNet2DConditionModel, .*, " + message):

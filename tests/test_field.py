@@ -20,6 +20,7 @@ import pytest
 import tomesd
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.hooks import HookRegistry, SmoothedEnergyGuidanceConfig
@@ -41,6 +42,7 @@ from support.models import (
 )
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import tome_fx
@@ -243,6 +245,53 @@ def test_a_block_whose_forward_was_replaced_before_the_transform_is_not_called_h
     with pytest.raises(TransformError, match=r"is replaced on the instance by .*test_field\.") as caught:
         transform(model)
     assert "hook" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "put_on, name",
+    [
+        (
+            lambda model: Accelerator(cpu=True, mixed_precision="bf16").prepare(model),
+            r"accelerate\.utils\.operations\.",
+        ),
+        (lambda model: setattr(model, "forward", functools.partial(model.forward)), r"functools\.partial "),
+    ],
+    ids=["accelerate", "partial"],
+)
+def test_what_was_put_around_a_forward_is_named_with_what_to_do(put_on: Callable[[Any], Any], name: str) -> None:
+    model = copy.deepcopy(two_stages())
+    put_on(model)
+    with pytest.raises(TransformError, match=rf"replaced on the instance by {name}.*around the result$"):
+        transform(model)
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    model: Any = copy.deepcopy(two_stages())
+    model.mid_block.lock = threading.Lock()
+    with pytest.raises(
+        TransformError, match=r"^lock of mid_block \(UNetMidBlock2DCrossAttn\) cannot be copied: take that"
+    ):
+        transform(model)
+    del model.mid_block.lock
+    prune.random_unstructured(model.conv_in, "weight", 0.5)
+    with pytest.raises(TransformError, match=r"^weight of conv_in \(Conv2d\) cannot be copied: take that off before"):
+        transform(model)
+    prune.remove(model.conv_in, "weight")
+    assert output(transform(model), inputs(model, 8, 8)).isfinite().all()
+
+
+def test_hooks_that_were_taken_off_leave_any_number_of_ratios(counter: Any) -> None:
+    model = transform(copy.deepcopy(one_block()))
+    for module in model.modules():
+        add_hook_to_module(module, ModelHook())
+    arguments = inputs(model, 8, 8)
+    set_ratio(model, 0.7)
+    remove_hook_from_module(model, recurse=True)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for thousandths in range(10):
+        set_ratio(model, thousandths / 20)
+        output(compiled, arguments)
+    assert counter.frame_count == 10
 
 
 def test_hooks_around_a_block_are_not_taken_for_another_forward() -> None:

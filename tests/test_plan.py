@@ -9,8 +9,10 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import tomesd.patch
 import torch
@@ -230,11 +232,19 @@ def test_tiles_compare_the_sources_and_destinations_of_each_tile_alone(height: i
 
 
 @pytest.mark.parametrize(
+    "ratio, kept_as", [(-0.0, "0.0"), (0, "0.0"), (np.float32(0.5), "0.5"), (Fraction(1, 2), "0.5")]
+)
+def test_a_ratio_is_kept_as_a_float_of_python_s(ratio: Any, kept_as: str) -> None:
+    assert repr(Plan(ratio=ratio).ratio) == kept_as
+
+
+@pytest.mark.parametrize(
     "grid, note",
     [
         (Grid(1, 8, 2, 2, 0.5), "no whole 2 x 2 cell"),
         (Grid(8, 3, 4, 2, 0.5), "no whole 4 x 2 cell"),
         (Grid(2, 4, 2, 2, 0.1), "no whole token at ratio 0.1"),
+        (Grid(2, 4, 2, 2, 0), "the ratio is 0"),
         (Grid(2, 4, 2, 2, 0.5), ""),
     ],
 )

@@ -34,6 +34,12 @@ pytestmark = [
 ]
 
 
+def test_a_schedule_that_is_given_as_the_older_callback_is_an_error_that_says_what_to_do() -> None:
+    schedule: Any = RatioSchedule.late(transform(two_stages()))
+    with pytest.raises(TypeError, match=r"must be given as callback_on_step_end.*call tome_fx\.set_ratio"):
+        schedule(0, 981, torch.zeros(1))
+
+
 def test_late_merges_nothing_and_then_what_is_asked() -> None:
     unet = transform(one_block(), 0.3)
     assert RatioSchedule.late(unet).ratios == {0: 0, 0.5: 0.5}

@@ -29,7 +29,7 @@ from tome_fx.families.refusals import name_of
 from tome_fx.families.registry import family_of
 from tome_fx.families.unet import Model, placed_by_users, share
 from tome_fx.graph.dispatch import within
-from tome_fx.graph.specialize import with_own_code
+from tome_fx.graph.specialize import has_own_code, with_own_code
 from tome_fx.plan import MERGING, Plan, TransformError
 
 
@@ -89,9 +89,9 @@ def transform(
         merge_crossattn: Merge around cross-attention as well. Costs quality for little speed.
         merge_mlp: Merge around the feed-forward as well. Costs quality.
         merge_block: Merge around whole blocks: norms, attention, cross-attention and feed-forward see merged tokens,
-            and each token is given what its slot was changed by. Saves most, above all in SDXL and transformers, and
-            costs quality. Where places are turned into queries and keys, a merged token has the place of its
-            destination.
+            and each token receives the change of the merged one that it belongs to. Saves most, above all where most of
+            the work is outside attention, as in SDXL and Flux, and costs quality. Where places are turned into queries
+            and keys, a merged token has the place of its destination.
         prop_attn: Weigh each merged token in self-attention by how many tokens it stands for, which keeps the image far
             closer to the original. None does so wherever it can be done: with the attention processors of diffusers,
             but for those that take no mask, as in SD 3, Qwen-Image and Wan, or attend across the batch, as
@@ -166,6 +166,8 @@ def set_ratio(model: nn.Module, ratio: float) -> None:
     """
     model, merging = transformed(model)
     plan = replace(merging.plan, ratio=ratio)
+    if has_own_code(vars(model).get("forward")):
+        del model.forward  # left by hooks that were taken off: the class's own, of the ratio that was then
     if plan != merging.plan:
         own = _own_class(type(model), plan)
         with _nothing_compiling():
@@ -257,12 +259,13 @@ def _check_model(model: nn.Module) -> None:
         own: Any = type(module).forward
         if any(inner is inspect.unwrap(own) for inner in within(forward)):
             raise TransformError(
-                f"forward of {_where(model, module)} is replaced on the instance, as offloading hooks do: transform "
-                "the model first, then enable them on the result"
+                f"forward of {_where(model, module)} is replaced on the instance by {name_of(forward)} around it, as "
+                "offloading hooks do: transform the model first, then put that around the result"
             )
         raise TransformError(
             f"forward of {_where(model, module)} is replaced on the instance by {name_of(forward)}, which merging "
-            "would not go by: transform a model without that patch"
+            "would not go by: transform a model without that patch. What wraps a whole model can be put around the "
+            "result"
         )
 
 

@@ -6,6 +6,7 @@ ints and int tensors: graphs call the same functions while they run.
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 __version__ = "0.2.0"
@@ -60,7 +61,7 @@ class Plan:
                 raise ValueError(f"{name} must be at least 1 token, got {stride}")
         if self.sx * self.sy == 1:
             raise ValueError("sx and sy of 1 x 1 leave no source to merge: one of them must be at least 2")
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, Real):
             raise TypeError(f"ratio must be a number, got {self.ratio!r} of type {type(self.ratio).__name__}")
         highest = 1 - 1 / (self.sx * self.sy)
         shown = math.floor(highest * 10**4) / 10**4  # rounded to the nearest it might be one that is refused
@@ -69,6 +70,7 @@ class Plan:
                 f"ratio must be between 0 and {shown}, the share of sources at a stride of "
                 f"{self.sx} x {self.sy}; got {self.ratio}"
             )
+        object.__setattr__(self, "ratio", float(self.ratio) + 0.0)  # for graphs are kept by it: not -0.0, not numpy's
         least = max(self.sx, self.sy)
         if self.tile is not None and integer("tile", self.tile, or_else="None") < least:
             raise ValueError(
@@ -211,6 +213,8 @@ class Grid:
         """Why nothing is merged; empty where something is."""
         if not self.cells:
             return f"no whole {self.sx} x {self.sy} cell"
+        if not self.ratio:
+            return "the ratio is 0"
         return "" if self.merged else f"no whole token at ratio {self.ratio}"
 
     def match_flops(self, channels: int) -> int:

@@ -1,4 +1,4 @@
-"""Pictures of what is merged; they need matplotlib, which `pip install tome_fx[viz]` brings."""
+"""Pictures of what is merged; they need matplotlib, which the extra `viz` brings."""
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence

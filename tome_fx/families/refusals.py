@@ -6,8 +6,8 @@ from others and are known by name. What works by place and shows none of this is
 docs/support.md.
 """
 
-import inspect
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -175,10 +175,12 @@ def _is_of_tomesd(cls: type) -> bool:
 
 
 def name_of(forward: Any) -> str:
-    """Where a forward comes from."""
-    function = inspect.unwrap(forward)
-    function = getattr(function, "__func__", function)
-    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
+    """Where a forward comes from: by its code, for a decorated function bears the name of what it is around."""
+    function = getattr(forward, "__func__", forward)
+    if not isinstance(function, FunctionType):
+        return f"{type(function).__module__}.{type(function).__qualname__}"
+    code: Any = function.__code__
+    return f"{function.__globals__.get('__name__', '?')}.{getattr(code, 'co_qualname', code.co_name)}"  # before 3.11
 
 
 def _refuse_hooks(module: nn.Module, scope: Scope) -> None:

@@ -49,6 +49,7 @@ class Family(Protocol):
         """Random arguments for a forward at a latent size."""
 
 
+WITHIN = ("module", "model", "unet", "transformer")  # where DataParallel, PEFT and users' own modules have a model
 FAMILIES: tuple[Family, ...] = (unet, transformers)
 
 
@@ -67,6 +68,9 @@ def family_of(model: object) -> Family:
     if found in (*names, last):
         found, hint = f"{type(model).__module__}.{found}", ", a class of the same name from elsewhere"
     for part in ("unet", "transformer"):
-        if hasattr(model, part):
+        if hasattr(model, part) and not isinstance(model, nn.Module):
             hint = f"; pass pipe.{part}, not the pipeline"
+    for part in WITHIN if isinstance(model, nn.Module) else ():
+        if any(family.serves(getattr(model, part, None)) for family in FAMILIES):
+            hint = f"; pass its {part}"
     raise TypeError(f"model must be a {', '.join(names)} or {last}, got {found}{hint}")

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
@@ -192,10 +192,23 @@ def plain_processor(model: nn.Module, attention: Any) -> object:
 
 def share(model: Model, more: Iterable[object] = ()) -> Model:
     """A copy of the model with a structure and a state of its own, and the same parameters, buffers and `more`."""
+    shared = {id(same): same for same in chain(model.parameters(), model.buffers(), more)}
     try:
-        return copy.deepcopy(model, {id(same): same for same in chain(model.parameters(), model.buffers(), more)})
+        return copy.deepcopy(model, dict(shared))
     except Exception as error:
-        raise TransformError(f"the structure of {type(model).__name__} cannot be copied: {error}") from error
+        what = _not_copied(model, shared) or f"the structure of {type(model).__name__}"
+        raise TransformError(f"{what} cannot be copied: take that off before the transform. {error}") from error
+
+
+def _not_copied(model: nn.Module, shared: Mapping[int, object]) -> str:
+    """The attribute of one of the model's modules that cannot be copied, in words; empty if it is none by itself."""
+    for path, module in model.named_modules():
+        for name in vars(module).keys() - vars(nn.Module()).keys():
+            try:
+                copy.deepcopy(vars(module)[name], dict(shared))
+            except Exception:
+                return f"{name} of {path or 'model'} ({type(module).__name__})"
+    return ""
 
 
 def placed_by_users(model: nn.Module) -> Iterator[object]:

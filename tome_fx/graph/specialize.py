@@ -77,6 +77,7 @@ copyreg.pickle(Alias, _refuse_pickling)
 OF_MANY = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)  # kinds of parameters that name no argument
 
 _classes: dict[Hashable, type[nn.Module]] = {}
+_own_codes: set[types.CodeType] = set()
 _lock = threading.RLock()
 
 
@@ -157,8 +158,14 @@ def with_own_code(base: type[nn.Module], key: Hashable) -> type[nn.Module]:
             name = f"{forward.__code__.co_name}_{sha256(repr(key).encode()).hexdigest()[:12]}"
             cls.forward = copied(forward, code=forward.__code__.replace(co_name=name))
             cls.copied = forward
+            _own_codes.add(cls.forward.__code__)
             _classes[base, forward, key] = cls  # by the forward too, for a class can be patched
         return _classes[base, forward, key]
+
+
+def has_own_code(forward: Any) -> bool:
+    """Whether a forward is one of `with_own_code`, for whichever key, bound to a module."""
+    return getattr(forward, "__code__", None) in _own_codes
 
 
 def original(cls: type[nn.Module]) -> type[nn.Module]:

@@ -81,8 +81,8 @@ class Report:
         notes += [f"Not weighed at {count} of {len(self.rows)} sites: {reason}." for reason, count in reasons.items()]
         notes += [
             f"Level of {level.height} x {level.width} tokens, at the size that the model is made for: "
-            f"{'' if level.merged else 'not '}merged; half of them saves {level.saved / giga:.1f} GFLOPs a "
-            f"transformer, and costs as much time as {level.cost / giga:.1f}."
+            f"{'' if level.merged else 'not '}merged. In each transformer merging half of them would save "
+            f"{level.saved / giga:.1f} GFLOPs, and what it adds take as long as {level.cost / giga:.1f}."
             for level in self.levels
         ]
         notes += ["The finest level is always merged."] if self.levels else []

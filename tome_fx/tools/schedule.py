@@ -85,13 +85,21 @@ class RatioSchedule:
         """The ratio of the `step`-th of `steps` steps, counted from 0."""
         return next(ratio for share, ratio in reversed(self.ratios.items()) if share <= step / steps)
 
-    def __call__(self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def __call__(
+        self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """What a pipeline calls at the end of each step: sets the ratio of the next one, and of the next image's first.
 
         Raises:
+            TypeError: It was given as `callback`, which is called with other arguments.
             TransformError: The image began at another ratio than the schedule's first, the pipeline does not use one
                 of the models, or does not say how many steps it takes.
         """
+        if callback_kwargs is None:
+            raise TypeError(
+                "a RatioSchedule must be given as callback_on_step_end, got a call as of callback: in a pipeline that "
+                "has that alone, call tome_fx.set_ratio from a callback of your own"
+            )
         steps = getattr(pipe, "num_timesteps", None)
         if not steps:
             raise TransformError(f"{type(pipe).__name__} has no num_timesteps, by which a schedule tells where it is")
