@@ -2,9 +2,9 @@
 
     python examples/benchmark.py --model FOLDER_OR_ID --sizes 512 768 1024 --ratios 0.25 0.5
 
-A time is that of one step, the median of all but the first, which compiles, a minute or more. Memory is the most that
-PyTorch held on a CUDA device meanwhile. The bound is what merging would gain if time went with FLOPs alone. Merging
-pays most at large sizes.
+A time is that of one step, the median of all but the first, which compiles where that is said, a minute or more. Memory
+is the most that PyTorch held on a CUDA device meanwhile. The bound is what merging would gain if time went with FLOPs
+alone. Merging pays most at large sizes.
 """
 
 import argparse
@@ -31,6 +31,8 @@ parser.add_argument("--merge-block", action="store_true", help="merge around who
 args = tiny.parse(parser)
 if args.steps < 2:
     parser.error(f"--steps must be at least 2, for the first one compiles; got {args.steps}")
+if 0 in args.ratios:
+    parser.error("--ratios must be above 0, for the stock model is measured anyway; got 0")
 gpu = torch.device(args.device).type == "cuda"
 accelerated = torch.device(args.device).type != "cpu"
 
@@ -79,6 +81,7 @@ for size in args.sizes or [made_for * pipe.vae_scale_factor]:
             ms, first, memory = measure(torch.compile(model, fullgraph=True) if compiled else model, size)
         except torch.OutOfMemoryError:
             print(" out of memory")
+            torch.cuda.empty_cache()
             continue
         if not ratio and compiled:
             yardstick = ms

@@ -25,6 +25,9 @@ parser.add_argument("--offload", action="store_true", help="keep on the GPU only
 parser.add_argument("--output", default="flux.png")
 args = tiny.parse(parser, half="bfloat16")
 
+if args.steps < 2:
+    parser.error(f"--steps must be at least 2, for the first half of them is not merged; got {args.steps}")
+
 pipe = FluxPipeline.from_pretrained(args.model or tiny.flux(), torch_dtype=args.dtype)
 pipe.transformer = tome_fx.transform(pipe.transformer, merge_block=True)
 schedule = tome_fx.RatioSchedule.late(pipe.transformer, ratio=args.ratio, start=args.start)

@@ -21,6 +21,13 @@ import tome_fx
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
+
+def square(picture: Any, side: int) -> Any:
+    """The middle of a picture, as large as asked for."""
+    left, top = ((length - min(picture.size)) // 2 for length in picture.size)
+    return picture.resize((side, side), box=(left, top, left + min(picture.size), top + min(picture.size)))
+
+
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="pictures; without it, four of plain colours")
 parser.add_argument("--prompt", default="a red circle left of a blue square")
@@ -36,19 +43,11 @@ torch.manual_seed(0)
 pipe = StableDiffusionPipeline.from_pretrained(args.model or tiny.stable_diffusion(), torch_dtype=args.dtype)
 pipe.to(args.device)
 side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-
-
-def square(picture: Any) -> Any:
-    """The middle of a picture, in the model's size."""
-    left, top = ((length - min(picture.size)) // 2 for length in picture.size)
-    return picture.resize((side, side), box=(left, top, left + min(picture.size), top + min(picture.size)))
-
-
 if args.pictures:
     paths = sorted(path for path in args.pictures.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         parser.error(f"--pictures must have files that end in {', '.join(SUFFIXES)}, found none in {args.pictures}")
-    pictures = [square(load_image(str(path))) for path in paths]
+    pictures = [square(load_image(str(path)), side) for path in paths]
     pixels = pipe.image_processor.preprocess(pictures)  # [N, 3, side, side], -1 to 1
 else:
     pixels = torch.rand(4, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(-1, -1, side, side) * 2 - 1

@@ -116,7 +116,11 @@ def test_help_describes_each_option_by_its_sentence_in_transform(capsys: Any) ->
         main(["explain", "--help"])
     assert stopped.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "--tile TILE Side of the squares of tokens within which tokens are matched and ranked. Default: 32" in said
+    assert (
+        "--tile TILE Side of the squares of tokens within which tokens are matched and ranked. 32 is the largest"
+        in said
+    )
+    assert "None does so wherever it can be done" in said
     assert '1, 2, 4 or 8; "finest" is the finest level that has attention' in said
     assert "--merge-mlp, --no-merge-mlp Merge around the feed-forward as well. Default: False" in said
     assert said.count("Default: ") == len(inspect.signature(tome_fx.transform).parameters) - 1

@@ -122,6 +122,11 @@ def test_a_stride_may_be_as_large_as_the_finest_grid_with_attention(options: dic
 # ------------------------------------------------------------------------------------------------ bad models
 
 
+def with_peft() -> Any:
+    """A UNet in what PEFT puts around models."""
+    return get_peft_model(copy.deepcopy(two_stages()), LoraConfig(target_modules=["to_q"]))
+
+
 @pytest.mark.parametrize(
     "model, message",
     [
@@ -131,14 +136,12 @@ def test_a_stride_may_be_as_large_as_the_finest_grid_with_attention(options: dic
         (nn.DataParallel(two_stages()), r"got DataParallel; pass its module$"),
         (nn.ModuleDict({"unet": two_stages()}), r"got ModuleDict; pass its unet$"),
         (nn.ModuleDict({"unet": nn.Linear(2, 2)}), r"got ModuleDict$"),
-        (
-            get_peft_model(copy.deepcopy(two_stages()), LoraConfig(target_modules=["to_q"])),
-            r"got PeftModel; pass its model$",
-        ),
+        (with_peft, r"got PeftModel; pass its model$"),
     ],
     ids=["linear", "none", "pipeline", "replicas", "wrapped", "wrapped other", "peft"],
 )
 def test_what_is_not_a_unet_is_a_type_error(model: Any, message: str) -> None:
+    model = model() if model is with_peft else model
     with pytest.raises(TypeError, match=r"model must be a UNet2DConditionModel, .*, " + message):
         transform(model)
 

@@ -254,9 +254,10 @@ def test_a_block_whose_forward_was_replaced_before_the_transform_is_not_called_h
             lambda model: Accelerator(cpu=True, mixed_precision="bf16").prepare(model),
             r"accelerate\.utils\.operations\.",
         ),
+        (lambda model: add_hook_to_module(model, ModelHook()), r"accelerate\.hooks\..*new_forward around it"),
         (lambda model: setattr(model, "forward", functools.partial(model.forward)), r"functools\.partial "),
     ],
-    ids=["accelerate", "partial"],
+    ids=["mixed precision", "hooks", "partial"],
 )
 def test_what_was_put_around_a_forward_is_named_with_what_to_do(put_on: Callable[[Any], Any], name: str) -> None:
     model = copy.deepcopy(two_stages())
@@ -288,8 +289,8 @@ def test_hooks_that_were_taken_off_leave_any_number_of_ratios(counter: Any) -> N
     set_ratio(model, 0.7)
     remove_hook_from_module(model, recurse=True)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for thousandths in range(10):
-        set_ratio(model, thousandths / 20)
+    for twentieths in range(10):
+        set_ratio(model, twentieths / 20)
         output(compiled, arguments)
     assert counter.frame_count == 10
 

@@ -682,13 +682,14 @@ def test_tiles_laid_out_for_a_symbolic_size_give_the_slot_map_of_a_known_one(
 ) -> None:
     image = torch.randn(2, 6, height, width, dtype=torch.float64)
     expected = site_of_any_size(image, "0.5", tile)
-    monkeypatch.setattr(tiling, "UNBOUNDED", 0)
+    monkeypatch.setattr(tiling, "_is_number", lambda size: False)
     assert_same_results(site_of_any_size(image, "0.5", tile), expected)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("bounds", [{}, {"min": 4, "max": 64}], ids=["", "bounds"])
-def test_a_tile_of_a_symbolic_size_has_a_number_of_places(bounds: dict[str, int]) -> None:
+@pytest.mark.parametrize("times", [1, 2, 8])
+def test_a_tile_of_a_symbolic_size_has_a_number_of_places(times: int, bounds: dict[str, int]) -> None:
     shapes: list[Any] = []
 
     def backend(graph: Any, _: Any) -> Any:
@@ -697,7 +698,8 @@ def test_a_tile_of_a_symbolic_size_has_a_number_of_places(bounds: dict[str, int]
         return graph
 
     def site(image: Tensor) -> Any:
-        return site_of_any_size(image, "0.5", 16)  # an argument would be a symbol too
+        larger = image.repeat_interleave(times, 2).repeat_interleave(times, 3)
+        return site_of_any_size(larger, "0.5", 16)  # an argument would be a symbol too
 
     image = torch.randn(2, 6, 16, 20)
     for side in (2, 3):

@@ -236,6 +236,7 @@ def test_tiles_compare_the_sources_and_destinations_of_each_tile_alone(height: i
 )
 def test_a_ratio_is_kept_as_a_float_of_python_s(ratio: Any, kept_as: str) -> None:
     assert repr(Plan(ratio=ratio).ratio) == kept_as
+    assert Plan(ratio=np.float32(0.1), dynamic_ratio=True).ratio == 0.1
 
 
 @pytest.mark.parametrize(

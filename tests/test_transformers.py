@@ -259,9 +259,7 @@ def test_a_cache_of_blocks_serves_models_whose_attention_alone_is_merged(name: s
             assert relative_error(output(result, inputs(result)), expected) < 1e-6
 
 
-@supports(
-    "TaylorSeer, Pyramid Attention Broadcast", "refused", "they keep what merged tokens gave", "Diffusion transformers"
-)
+@refuses("TaylorSeer, Pyramid Attention Broadcast", "they keep what merged tokens gave")
 @pytest.mark.parametrize(
     "cache, hook",
     [
@@ -538,12 +536,7 @@ def test_each_token_of_a_video_may_have_a_time_step_of_its_own(scope: dict[str, 
     assert torch.equal(output(transformed(model, 0, **scope), told), output(model, told))
 
 
-@supports(
-    "LTX-Video told coordinates, as for conditions",
-    "refused",
-    "the grid cannot be read from them",
-    "Diffusion transformers",
-)
+@refuses("LTX-Video told coordinates, as for conditions", "the grid cannot be read from them")
 @scopes
 def test_a_video_that_is_told_by_coordinates_alone_is_refused_in_words(scope: dict[str, Any]) -> None:
     arguments = inputs(MODELS["ltx"]())
@@ -746,9 +739,7 @@ def test_caches_that_keep_tokens_are_refused_where_there_are_merged_ones() -> No
         output(result, inputs(flux()))
 
 
-@supports(
-    "Qwen-Image with zero_cond_t", "refused", "its forward goes through pictures one by one", "Diffusion transformers"
-)
+@refuses("Qwen-Image with zero_cond_t", "its forward goes through pictures one by one")
 def test_a_qwen_that_modulates_by_picture_is_refused_with_the_reason() -> None:
     model = type(qwen()).from_config(qwen().config, zero_cond_t=True)
     with pytest.raises(TransformError, match=r"zero_cond_t=True cannot have merged tokens: its forward goes through"):
@@ -762,12 +753,7 @@ def test_models_that_are_not_known_are_refused_with_those_that_are() -> None:
         transformed(nn.Linear(2, 2))
 
 
-@supports(
-    "Sana, Z-Image, Lumina 2, HunyuanVideo",
-    "refused",
-    "convolutions over the grid, or branches on data",
-    "Diffusion transformers",
-)
+@refuses("Sana, Z-Image, Lumina 2, HunyuanVideo", "convolutions over the grid, or branches on data")
 def test_models_that_cannot_have_merged_tokens_are_refused_with_the_reason() -> None:
     sana = SanaTransformer2DModel(
         in_channels=4,

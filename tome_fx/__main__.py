@@ -64,8 +64,8 @@ def explain_folder(folder: str, height: int, width: int, **options: Any) -> Repo
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """The options of `transform` by their names; one that is not given is left to it."""
-    group = command.add_argument_group("options of tome_fx.transform", "More is said there.")
-    types, sentences = get_type_hints(transform), dict(first_sentences(transform))
+    group = command.add_argument_group("options of tome_fx.transform", "See help(tome_fx.transform).")
+    types, sentences = get_type_hints(transform), dict(described(transform))
     for name, parameter in inspect.signature(transform).parameters.items():
         if parameter.default is parameter.empty:  # the model
             continue
@@ -73,15 +73,17 @@ def add_options(command: argparse.ArgumentParser) -> None:
         if bool in (types[name], *get_args(types[name])):
             how = {"action": argparse.BooleanOptionalAction}
         flag = f"--{name.replace('_', '-')}"
-        told = f"{sentences.get(name, '')} Default: {parameter.default}"
+        first, *more = sentences.get(name, [""])
+        default = [sentence for sentence in more if sentence.startswith(f"{parameter.default} ")]  # what it means
+        told = " ".join([first, *default, f"Default: {parameter.default}"])
         group.add_argument(flag, **how, default=argparse.SUPPRESS, help=told.replace("%", "%%"))
 
 
-def first_sentences(function: Any) -> Iterator[tuple[str, str]]:
-    """Each argument of a function and the first sentence of what its docstring says of it; none under `python -OO`."""
+def described(function: Any) -> Iterator[tuple[str, list[str]]]:
+    """Each argument of a function and the sentences of its docstring about it; none under `python -OO`."""
     _, _, arguments = (inspect.getdoc(function) or "").partition("\nArgs:\n")
     for name, told in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE):
-        yield name, re.split(r"(?<=\.) ", " ".join(told.split()))[0].rstrip(".") + "."
+        yield name, re.split(r"(?<=\.) ", " ".join(told.split()))
 
 
 def value(text: str) -> Any:

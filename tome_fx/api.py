@@ -166,13 +166,14 @@ def set_ratio(model: nn.Module, ratio: float) -> None:
     """
     model, merging = transformed(model)
     plan = replace(merging.plan, ratio=ratio)
-    if has_own_code(vars(model).get("forward")):
-        del model.forward  # left by hooks that were taken off: the class's own, of the ratio that was then
-    if plan != merging.plan:
+    left = has_own_code(vars(model).get("forward"))  # by hooks that were taken off; it is the class's that was then
+    if plan != merging.plan or left:
         own = _own_class(type(model), plan)
         with _nothing_compiling():
             merging.ratio = ops.as_read(plan.ratio, dynamic=plan.dynamic_ratio)
             model.__class__ = own
+            if left:
+                vars(model).pop("forward", None)
 
 
 def _own_class(base: type[nn.Module], plan: Plan) -> Any:

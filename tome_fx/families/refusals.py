@@ -6,6 +6,7 @@ from others and are known by name. What works by place and shows none of this is
 docs/support.md.
 """
 
+import functools
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -177,6 +178,8 @@ def _is_of_tomesd(cls: type) -> bool:
 def name_of(forward: Any) -> str:
     """Where a forward comes from: by its code, for a decorated function bears the name of what it is around."""
     function = getattr(forward, "__func__", forward)
+    if isinstance(function, functools.partial) and isinstance(function.func, FunctionType):  # accelerate's hooks
+        function = function.func
     if not isinstance(function, FunctionType):
         return f"{type(function).__module__}.{type(function).__qualname__}"
     code: Any = function.__code__

@@ -196,16 +196,18 @@ def share(model: Model, more: Iterable[object] = ()) -> Model:
     try:
         return copy.deepcopy(model, dict(shared))
     except Exception as error:
-        what = _not_copied(model, shared) or f"the structure of {type(model).__name__}"
-        raise TransformError(f"{what} cannot be copied: take that off before the transform. {error}") from error
+        if what := _not_copied(model, shared):
+            raise TransformError(f"{what} cannot be copied: take that off before the transform. {error}") from error
+        raise TransformError(f"the structure of {type(model).__name__} cannot be copied: {error}") from error
 
 
 def _not_copied(model: nn.Module, shared: Mapping[int, object]) -> str:
     """The attribute of one of the model's modules that cannot be copied, in words; empty if it is none by itself."""
     for path, module in model.named_modules():
-        for name in vars(module).keys() - vars(nn.Module()).keys():
+        for name, value in vars(module).items():
             try:
-                copy.deepcopy(vars(module)[name], dict(shared))
+                if name not in ("_parameters", "_buffers", "_modules"):
+                    copy.deepcopy(value, dict(shared))
             except Exception:
                 return f"{name} of {path or 'model'} ({type(module).__name__})"
     return ""

@@ -90,7 +90,7 @@ def _kind_call(parameter: Parameter, half: bool) -> str:
     value = parameter.name
     if parameter.kind is Parameter.VAR_POSITIONAL:
         value = f"dict(enumerate({value}))"
-    elif isinstance(parameter.default, bool):  # a flag, which may be given as 0 or 1
+    elif isinstance(parameter.default, bool):  # a flag, taken as a condition of the forward takes it
         value = f"{value} if {value} is None else bool({value})"
     return f"_kind({value}{', half=True' if half else ''})"
 

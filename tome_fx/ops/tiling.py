@@ -42,8 +42,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tome_fx.plan import Side, scramble
 
-UNBOUNDED = 2**31  # tokens of a side: only one that is symbolic may be longer
-
 
 @dataclass  # and no tuple: dynamo traces no property of one before torch 2.12
 class Tiles:
@@ -204,9 +202,12 @@ def once(values: Tensor) -> Tensor:
 
 
 def _is_number(size: int) -> bool:
-    """Whether a size is known: a symbolic one may be beyond all bounds, or, with bounds, even or odd."""
-    parity = statically_known_true(size % 2 == 0) or statically_known_true(size % 2 == 1)
-    return parity and statically_known_true(size < UNBOUNDED)
+    """Whether a size is known and not symbolic.
+
+    What is known of a symbol are bounds, and what it is a multiple of, as of an upsampled grid: twos, not sevens. So
+    what it leaves when it is divided by seven is known of a number alone.
+    """
+    return any(statically_known_true(size % 7 == rest) for rest in range(7))
 
 
 def _tile_numbers(tiles: int, device: torch.device) -> Tensor:
