@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoPipelineForText2Image, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -242,6 +242,8 @@ def test_pictures_to_learn_from_are_those_of_a_folder(example: Example, tmp_path
             "--pictures must have files that end in .jpg, .jpeg, .png, .webp, found none",
         ),
         ("lora_hotswap", ["--loras", "one"], "--loras must be two or more"),
+        ("benchmark", ["--ratios", "0", "0.5"], "--ratios must be above 0"),
+        ("flux", ["--steps", "1"], "--steps must be at least 2, for the first half of them is not merged; got 1"),
     ],
 )
 def test_what_an_example_cannot_do_is_a_usage_error(
@@ -267,6 +269,21 @@ def test_a_benchmark_is_a_page_with_a_row_for_each_model(
     assert [row and row[1] for row in found] == ["stock + compile", "stock", "merged 0.5 + compile", "merged 0.5"]
     assert next(row and float(row[3]) for row in found) == 1  # compile over itself
     assert [row and row[4] and float(row[4]) > 1 for row in found] == [None, None, True, True]
+
+
+def test_a_benchmark_of_a_pipeline_that_tells_of_no_steps_is_a_usage_error(
+    example: Example, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Older:
+        def __call__(self, prompt: str) -> None: ...
+
+    monkeypatch.setattr(AutoPipelineForText2Image, "from_pretrained", lambda *_, **__: Older())
+    with pytest.raises(SystemExit):
+        example("benchmark")
+    assert (
+        "--model must be of a pipeline with callback_on_step_end, to time steps by; got Older"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_benchmark_goes_on_after_what_has_no_memory(
