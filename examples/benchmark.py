@@ -39,9 +39,7 @@ accelerated = torch.device(args.device).type != "cpu"
 
 pipe = AutoPipelineForText2Image.from_pretrained(args.model or tiny.stable_diffusion(), torch_dtype=args.dtype)
 if "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters:
-    parser.error(
-        f"--model must be of a pipeline with callback_on_step_end, to time steps by; got {type(pipe).__name__}"
-    )
+    parser.error(f"--model must be of a pipeline with callback_on_step_end, to time it by; got {type(pipe).__name__}")
 pipe.to(args.device)
 pipe.set_progress_bar_config(disable=True)
 part = "unet" if hasattr(pipe, "unet") else "transformer"
