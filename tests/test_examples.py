@@ -281,8 +281,7 @@ def test_a_benchmark_of_a_pipeline_that_tells_of_no_steps_is_a_usage_error(
     with pytest.raises(SystemExit):
         example("benchmark")
     assert (
-        "--model must be of a pipeline with callback_on_step_end, to time steps by; got Older"
-        in capsys.readouterr().err
+        "--model must be of a pipeline with callback_on_step_end, to time it by; got Older" in capsys.readouterr().err
     )
 
 
