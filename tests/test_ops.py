@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.speed import slow
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -686,9 +687,11 @@ def test_tiles_laid_out_for_a_symbolic_size_give_the_slot_map_of_a_known_one(
     assert_same_results(site_of_any_size(image, "0.5", tile), expected)
 
 
+BOUNDS = {"min": 4, "max": 64}  # of a dynamic size
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("bounds", [{}, {"min": 4, "max": 64}], ids=["", "bounds"])
-@pytest.mark.parametrize("times", [1, 2, 8])
+@pytest.mark.parametrize("times, bounds", [(1, {}), (2, BOUNDS), *slow((1, BOUNDS), (2, {}), (8, {}), (8, BOUNDS))])
 def test_a_tile_of_a_symbolic_size_has_a_number_of_places(times: int, bounds: dict[str, int]) -> None:
     shapes: list[Any] = []
 
