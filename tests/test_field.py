@@ -281,14 +281,30 @@ def test_what_cannot_be_copied_is_named() -> None:
     assert output(transform(model), inputs(model, 8, 8)).isfinite().all()
 
 
-def test_hooks_that_were_taken_off_leave_any_number_of_ratios(counter: Any) -> None:
+def hooked_for_a_while(ratio: float) -> Any:
+    """A transformed model whose hooks were taken off again, after a change of its ratio."""
     model = transform(copy.deepcopy(one_block()))
     for module in model.modules():
         add_hook_to_module(module, ModelHook())
-    arguments = inputs(model, 8, 8)
-    set_ratio(model, 0.7)
+    set_ratio(model, ratio)
     remove_hook_from_module(model, recurse=True)
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    return model
+
+
+@pytest.mark.parametrize("ratio", [0.7, 0.25])
+def test_hooks_that_were_taken_off_leave_no_forward_when_the_ratio_is_set_anew(ratio: float) -> None:
+    model = hooked_for_a_while(0.7)
+    assert "forward" in vars(model)
+    set_ratio(model, ratio)
+    assert "forward" not in vars(model)
+    arguments = inputs(model, 8, 8)
+    assert torch.equal(output(model, arguments), output(transform(one_block(), ratio), arguments))
+
+
+@pytest.mark.slow
+def test_hooks_that_were_taken_off_leave_any_number_of_ratios(counter: Any) -> None:
+    model = hooked_for_a_while(0.7)
+    compiled, arguments = torch.compile(model, backend=counter, fullgraph=True), inputs(model, 8, 8)
     for twentieths in range(10):
         set_ratio(model, twentieths / 20)
         output(compiled, arguments)
