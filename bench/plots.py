@@ -1,6 +1,7 @@
 """Plots of `python -m bench report`: what merging gains at each resolution, step by step, and at what cost."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -114,13 +115,15 @@ def _latencies(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Figure]
 def _draw_speedups(axes: Any, by_side: dict[int, dict[str, Any]]) -> None:
     """Speed-up over `compile` against resolution: ours a broad line, for others lie on it; dotted where eager."""
     sides = list(by_side)
-    axes.set_prop_cycle(color=[color for color in TABLEAU_COLORS if color != COLOR])
-    for name, run in ((name, run) for name, run in RUNS.items() if run.merges):
+    merging = {name: run for name, run in RUNS.items() if run.merges}
+    others = cycle(color for color in TABLEAU_COLORS if color != COLOR)
+    colors = {name: COLOR if name == OURS else next(others) for name in merging}  # the same in every picture
+    for name, run in merging.items():
         points = [tables.speedup(entry["rows"], "compile", name) for entry in by_side.values()]
         if any(points):
-            look = {"color": COLOR, "linewidth": 6, "alpha": 0.5} if name == OURS else {"linewidth": 1.2}
-            dashes = "-" if run.compiled else ":"
-            axes.plot(sides, [p or float("nan") for p in points], dashes, marker="o", markersize=4, label=name, **look)
+            look: dict[str, Any] = {"linewidth": 6, "alpha": 0.5} if name == OURS else {"linewidth": 1.2}
+            look |= {"color": colors[name], "linestyle": "-" if run.compiled else ":"}
+            axes.plot(sides, [p or float("nan") for p in points], marker="o", markersize=4, label=name, **look)
     bounds = [entry["bounds"][OURS] for entry in by_side.values()]
     axes.plot(sides, bounds, "k--", marker="_", label=f"FLOP bound of {OURS}")
     axes.axhline(1, color="grey", linewidth=0.8)
