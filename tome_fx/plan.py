@@ -61,8 +61,7 @@ class Plan:
                 raise ValueError(f"{name} must be at least 1 token, got {stride}")
         if self.sx * self.sy == 1:
             raise ValueError("sx and sy of 1 x 1 leave no source to merge: one of them must be at least 2")
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, Real):
-            raise TypeError(f"ratio must be a number, got {self.ratio!r} of type {type(self.ratio).__name__}")
+        number("ratio", self.ratio)
         highest = 1 - 1 / (self.sx * self.sy)
         shown = math.floor(highest * 10**4) / 10**4  # rounded to the nearest it might be one that is refused
         if not 0 <= self.ratio <= highest:  # NaN fails every comparison, so it ends here as well
@@ -257,6 +256,18 @@ def scramble(x: Any) -> Any:
 def downsampled(size: int, factor: int) -> int:
     """The side of a level whose tokens are `factor` latents wide: stride-2 convolutions round up."""
     return math.ceil(size / factor)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, numpy's too: a bool is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def number(name: str, value: Any) -> float:
+    """The value itself, or a TypeError that names the argument."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    return value  # type: ignore[no-any-return]
 
 
 def integer(name: str, value: Any, *, or_else: str = "") -> int:

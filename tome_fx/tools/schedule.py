@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 from torch import nn
 
 from tome_fx.api import set_ratio, transformed
-from tome_fx.plan import TransformError
+from tome_fx.plan import TransformError, is_number, number
 
 
 class RatioSchedule:
@@ -43,7 +42,7 @@ class RatioSchedule:
         if not models:
             raise ValueError("models must hold at least one transformed model: RatioSchedule(ratios, pipe.unet)")
         for share in ratios:
-            if isinstance(share, bool) or not isinstance(share, Real):
+            if not is_number(share):
                 raise TypeError(f"ratios must map shares of the steps to ratios, got {share!r} for a share")
             if not 0 <= share < 1:
                 raise ValueError(f"ratios must start at shares of the steps from 0 to below 1, got {share}")
@@ -72,9 +71,7 @@ class RatioSchedule:
             ValueError: `start` or `ratio` is out of range, or there is no model.
             TransformError: A model is not transformed.
         """
-        if isinstance(start, bool) or not isinstance(start, Real):
-            raise TypeError(f"start must be a number, got {start!r} of type {type(start).__name__}")
-        if not 0 < start < 1:
+        if not 0 < number("start", start) < 1:
             raise ValueError(f"start must be above 0, for that is transform's own ratio, and below 1; got {start}")
         return cls({0: 0, start: ratio}, *models)
 
