@@ -683,7 +683,7 @@ def test_tiles_laid_out_for_a_symbolic_size_give_the_slot_map_of_a_known_one(
 ) -> None:
     image = torch.randn(2, 6, height, width, dtype=torch.float64)
     expected = site_of_any_size(image, "0.5", tile)
-    monkeypatch.setattr(tiling, "_is_number", lambda size: False)
+    monkeypatch.setattr(tiling, "_is_known", lambda size: False)
     assert_same_results(site_of_any_size(image, "0.5", tile), expected)
 
 

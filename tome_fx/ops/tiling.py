@@ -88,7 +88,7 @@ class Tiles:
         """
         # See NOTE [Room where a size is symbolic].
         down, right = (
-            Side.of(size, stride, tile, roomy=not _is_number(size)) for size, stride in ((height, sy), (width, sx))
+            Side.of(size, stride, tile, roomy=not _is_known(size)) for size, stride in ((height, sy), (width, sx))
         )
         rows, columns = _edges(down, device), _edges(right, device)
         number = _tile_numbers(down.tiles * right.tiles, device)[:, None]
@@ -201,7 +201,7 @@ def once(values: Tensor) -> Tensor:
     return values.as_strided(values.shape, values.stride())
 
 
-def _is_number(size: int) -> bool:
+def _is_known(size: int) -> bool:
     """Whether a size is known and not symbolic.
 
     What is known of a symbol are bounds, and what it is a multiple of, as of an upsampled grid: twos, not sevens. So
